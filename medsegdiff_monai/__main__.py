@@ -1,0 +1,57 @@
+"""Commands: ``python -m medsegdiff_monai segment | demo``."""
+
+from __future__ import annotations
+
+import fire
+
+from .errors import show_input_errors_plainly
+
+
+def segment(
+    *images: str, output_dir: str, bundle_root: str | None = None, config_file: str | None = None, **override: object
+) -> None:
+    """Segment single images through the bundle's ``inference.json``; finished ones are skipped.
+
+    Args:
+        *images: files (NIfTI, NRRD, MHA, PNG, JPEG, BMP) or folders that hold a DICOM series.
+        output_dir: folder to write to.
+        bundle_root: the bundle's folder; found in the working directory where it is not given.
+        config_file: config, or list of configs, in place of ``configs/inference.json``.
+        **override: config variables, such as ``--overwrite true --num_members 9 --checkpoint FILE``.
+    """
+    from monai.bundle import run
+
+    from .errors import InputError
+    from .settings import find_bundle_root
+
+    if not images:
+        raise InputError("segment: give at least one image, for instance: segment scan.nii.gz --output_dir results")
+    root = bundle_root or find_bundle_root()
+    run(
+        config_file=config_file or f"{root}/configs/inference.json",
+        bundle_root=root,
+        images=[str(image) for image in images],
+        output_dir=str(output_dir),
+        **override,
+    )
+
+
+def demo(output_dir: str = "demo_output") -> None:
+    """Prepare real MRI that a Python package carries, train on it, score, and write a picture of the result.
+
+    Args:
+        output_dir: folder to write to.
+    """
+    from .demo import run_demo
+
+    run_demo(output_dir)
+
+
+def main() -> None:
+    """Run a command; bad input ends with one message."""
+    show_input_errors_plainly()
+    fire.Fire({"segment": segment, "demo": demo}, name="medsegdiff_monai")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""Check of a data list: every fault is named before any work starts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from monai.data import MetaTensor
+from monai.transforms import Compose, EnsureChannelFirst, LoadImage
+from tqdm import tqdm
+
+from ..errors import InputError
+from ..transforms import Regions
+
+__all__ = ["DataSpec", "check_items", "first_file"]
+
+SHOWN = 20  # faults that a message lists in full
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """What the config variables say of the data.
+
+    Args:
+        spatial_dims: 2 or 3.
+        in_channels: channels of the image.
+        num_classes: number of foreground classes.
+        regions: see :class:`medsegdiff_monai.transforms.Regions`.
+    """
+
+    spatial_dims: int
+    in_channels: int
+    num_classes: int
+    regions: Mapping[str, Sequence[int]] | None = None
+
+
+def first_file(image: str | Sequence[str]) -> str:
+    """The file that names a case: the only one, or the first of several that are stacked as channels."""
+    return image if isinstance(image, str) else image[0]
+
+
+_read = Compose([LoadImage(image_only=True), EnsureChannelFirst()])
+
+
+def _load(path: str | Sequence[str]) -> MetaTensor:
+    """Read an image as (channels, *spatial).
+
+    Raises:
+        InputError: where a file is missing or cannot be read.
+    """
+    for file in [path] if isinstance(path, str) else path:
+        if not Path(file).exists():
+            raise InputError(f"{file}: no such file: correct the path in the data list, or add the file.")
+    try:
+        return _read(path)
+    except Exception as error:  # readers raise whatever they like; the file is what matters
+        reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
+        raise InputError(
+            f"{first_file(path)}: cannot be read ({reason[-1][:200]}): replace the file, it may be truncated."
+        ) from error
+
+
+def _check_image(path: str | Sequence[str], spec: DataSpec) -> MetaTensor:
+    image = _load(path)
+    name, dims, channels = first_file(path), image.ndim - 1, image.shape[0]
+    if dims != spec.spatial_dims:
+        raise InputError(
+            f"{name}: has {dims} spatial axes, spatial_dims={spec.spatial_dims}: set --spatial_dims {dims}, "
+            "or use a data set of that kind."
+        )
+    if channels != spec.in_channels:
+        raise InputError(
+            f"{name}: has {channels} channels, in_channels={spec.in_channels}: set --in_channels {channels}, "
+            "or correct the file."
+        )
+    bad = int((~torch.isfinite(image)).sum())
+    if bad:
+        raise InputError(f"{name}: {bad} voxels are NaN or infinite: replace them, for instance by 0.")
+    return image
+
+
+def _check_label(path: str, image: MetaTensor, spec: DataSpec, regions: Regions) -> None:
+    label = _load(path)
+    if label.shape[0] != 1:
+        raise InputError(
+            f"{path}: a label map has one channel, this has {label.shape[0]}: save label values, no colours."
+        )
+    if label.shape[1:] != image.shape[1:]:
+        raise InputError(
+            f"{path}: label of size {list(label.shape[1:])}, image of size {list(image.shape[1:])}: they must be equal."
+        )
+    unknown = sorted(set(torch.unique(label.as_tensor()).tolist()) - regions.labels)
+    if unknown:
+        shown = ", ".join(f"{value:g}" for value in unknown[:5])
+        raise InputError(
+            f"{path}: holds the values {shown}, declared are {sorted(regions.labels)} (num_classes={spec.num_classes}"
+            f"{', regions' if spec.regions else ''}): set --num_classes or --regions, or correct the file."
+        )
+
+
+def _faults(items: Sequence[Mapping[str, Any]], check: Callable[[Mapping[str, Any]], None]) -> list[InputError | None]:
+    """Check all items, several at a time, with a progress bar; an error or None for each."""
+
+    def attempt(item: Mapping[str, Any]) -> InputError | None:
+        try:
+            check(item)
+        except InputError as error:
+            return error
+        return None
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        # a bar only where it takes a while: a handful of files is read at once
+        return list(tqdm(pool.map(attempt, items), total=len(items), desc="Check data", disable=len(items) < 20))
+
+
+def check_items(items: Sequence[Mapping[str, Any]], spec: DataSpec, labelled: bool) -> list[InputError | None]:
+    """Read every file of a data list and check it against the config variables.
+
+    Args:
+        items: data list with ``image`` (a file, a DICOM folder, or several files to stack) and ``label``.
+        spec: what the config variables say.
+        labelled: whether labels are needed.
+
+    Returns:
+        For each item its fault, or None.
+    """
+    regions = Regions(spec.num_classes, spec.regions)
+
+    def check(item: Mapping[str, Any]) -> None:
+        if labelled and "label" not in item:
+            raise InputError(
+                f"{first_file(item['image'])}: has no label in the data list: add it, or take the case out."
+            )
+        image = _check_image(item["image"], spec)
+        if labelled:
+            _check_label(item["label"], image, spec, regions)
+
+    return _faults(items, check)
+
+
+def refuse(faults: Sequence[InputError | None], where: str) -> None:
+    """Raise one error that lists all faults.
+
+    Raises:
+        InputError: if there is any fault.
+    """
+    found = [str(fault) for fault in faults if fault is not None]
+    if len(found) == 1:
+        raise InputError(found[0])
+    if found:
+        more = f"\n  ... and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+        raise InputError(f"{where}: {len(found)} bad cases:\n  " + "\n  ".join(found[:SHOWN]) + more)

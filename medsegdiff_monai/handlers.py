@@ -1,0 +1,294 @@
+"""Ignite handlers: weights, checkpoints, progress and history of a training run."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import pickle
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from ignite.engine import Engine, Events
+from ignite.handlers import Checkpoint, DiskSaver
+from ignite.handlers.ema_handler import EMAHandler
+from monai.handlers import CheckpointLoader, from_engine
+from torch import nn
+from tqdm import tqdm
+
+from .errors import InputError
+from .settings import as_bool
+
+__all__ = [
+    "BestModelSaver",
+    "ModelEMA",
+    "TrainingCheckpoint",
+    "TrainingHistory",
+    "TrainingProgress",
+    "WeightsLoader",
+    "write_atomically",
+]
+
+
+def write_atomically(path: str | Path, content: bytes) -> None:
+    """Write a file so that a reader never sees half of it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
+
+
+class ModelEMA(EMAHandler):
+    """Ignite's ``EMAHandler`` for an averaged network that the config has made, set to the network when a run starts.
+
+    Ignite copies the weights when the handler is built, which is before a checkpoint is loaded.
+
+    Args:
+        model: network in training.
+        ema_model: network of the same architecture that receives the averaged weights.
+        momentum: weight of the current weights in each update.
+        warmup_iters: the momentum falls from 0.2 to ``momentum`` in so many iterations, so that short runs are not
+            held back by their first weights.
+    """
+
+    def __init__(
+        self, model: nn.Module, ema_model: nn.Module, momentum: float = 0.005, warmup_iters: int = 500
+    ) -> None:
+        super().__init__(model, momentum=momentum, momentum_warmup=0.2, warmup_iters=warmup_iters)
+        self.ema_model = ema_model.requires_grad_(False).eval()
+
+    def attach(self, engine: Engine, *args: Any, **kwargs: Any) -> None:
+        """Attach to a trainer; see Ignite's ``EMAHandler``."""
+        engine.add_event_handler(Events.STARTED, lambda: self.ema_model.load_state_dict(self.model.state_dict()))
+        super().attach(engine, *args, warn_if_exists=False, **kwargs)
+
+
+def _load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint, weights only.
+
+    Raises:
+        InputError: for a missing, truncated or foreign file.
+    """
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such checkpoint: train first, or set --checkpoint FILE.")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError, OSError, ValueError) as error:
+        raise InputError(f"{path}: is truncated or no checkpoint of weights: replace the file.") from error
+    if not isinstance(content, Mapping):
+        raise InputError(f"{path}: holds no weights but a {type(content).__name__}: replace the file.")
+    return dict(content)
+
+
+def _mismatch(model: nn.Module, weights: Mapping[str, Any]) -> str | None:
+    """The first difference between a network and weights for it, in words."""
+    own = model.state_dict()
+    for name in own:
+        if name not in weights:
+            return f"it lacks {name}"
+        if own[name].shape != weights[name].shape:
+            return f"{name} is {list(weights[name].shape)} there, {list(own[name].shape)} in the network"
+    extra = [name for name in weights if name not in own]
+    return f"the network has no {extra[0]}" if extra else None
+
+
+class WeightsLoader(CheckpointLoader):
+    """Load the weights of a network when a run starts; MONAI's ``CheckpointLoader`` with plain error messages.
+
+    Args:
+        load_path: file of a state dict, flat or under the key ``model``.
+        model: network to load it into.
+    """
+
+    def __init__(self, load_path: str, model: nn.Module) -> None:
+        super().__init__(load_path=load_path, load_dict={"model": model})
+        self.model = model
+
+    def __call__(self, engine: Engine) -> None:
+        """Load the weights.
+
+        Raises:
+            InputError: for a missing or truncated file, or weights of another architecture.
+        """
+        content = _load_checkpoint(self.load_path)
+        weights = content.get("model", content)
+        difference = _mismatch(self.model, weights)
+        if difference is not None:
+            raise InputError(
+                f"{self.load_path}: weights of another architecture ({difference}): set channels, num_classes and the "
+                "like, or the overlays, as in training."
+            )
+        self.model.load_state_dict(weights)
+        self.logger.info(f"Restored all variables from {self.load_path}")
+
+
+class BestModelSaver:
+    """Write the weights after each validation that is the best so far: a plain state dict, replaced atomically.
+
+    Attach to the validator; its key metric decides, the higher the better.
+
+    Args:
+        model: network whose weights are written.
+        path: file to write.
+    """
+
+    def __init__(self, model: nn.Module, path: str) -> None:
+        self.model = model
+        self.path = Path(path)
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to a validator."""
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Write the weights if this validation was the best."""
+        if engine.state.best_metric_epoch == engine.state.epoch:
+            saver = DiskSaver(str(self.path.parent), atomic=True, create_dir=True, require_empty=False)
+            saver(self.model.state_dict(), self.path.name)
+
+
+class TrainingCheckpoint:
+    """Keep the last checkpoints of a run, one after each epoch, and resume from the newest.
+
+    Args:
+        objects: what to save, by name: networks, optimiser, learning-rate schedule. The trainer is added.
+        ckpt_dir: folder of ``checkpoint_epoch=N.pt``.
+        resume: whether to continue from the newest checkpoint there; without one, training starts anew.
+        n_saved: how many to keep.
+    """
+
+    def __init__(self, objects: dict[str, Any], ckpt_dir: str, resume: bool | str = False, n_saved: int = 2) -> None:
+        self.objects = objects
+        self.ckpt_dir = Path(ckpt_dir)
+        self.resume = as_bool(resume)
+        self.n_saved = n_saved
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to a trainer."""
+        checkpoint = Checkpoint(
+            {**self.objects, "trainer": engine},
+            DiskSaver(str(self.ckpt_dir), atomic=True, create_dir=True, require_empty=False),
+            filename_prefix="checkpoint",
+            filename_pattern="{filename_prefix}_epoch={global_step}.{ext}",
+            n_saved=self.n_saved,
+            global_step_transform=lambda trainer, _: trainer.state.epoch,
+        )
+        if self.resume:
+            engine.add_event_handler(Events.STARTED, self._load)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, checkpoint)
+
+    def _load(self, engine: Engine) -> None:
+        def epoch(path: Path) -> int:
+            found = re.fullmatch(r"checkpoint_epoch=(\d+)\.pt", path.name)
+            return int(found.group(1)) if found else -1
+
+        newest = max(self.ckpt_dir.glob("checkpoint_epoch=*.pt"), key=epoch, default=None)
+        if newest is None:
+            engine.logger.info(f"No checkpoint in {self.ckpt_dir}: training starts anew.")
+            return
+        content = _load_checkpoint(newest)
+        max_epochs = engine.state.max_epochs
+        if epoch(newest) >= max_epochs:
+            raise InputError(f"{newest}: max_epochs={max_epochs} are done: set --max_epochs higher to train on.")
+        Checkpoint.load_objects({**self.objects, "trainer": engine}, content)
+        engine.state.max_epochs = max_epochs
+        engine.logger.info(f"Resumed from {newest}")
+
+
+class TrainingProgress:
+    """One bar over the whole training, with the time left and the loss."""
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to a trainer."""
+        engine.add_event_handler(Events.EPOCH_STARTED, self._open)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._step)
+        engine.add_event_handler(Events.COMPLETED | Events.EXCEPTION_RAISED, self._close)
+        self._bar: tqdm | None = None
+
+    def _open(self, engine: Engine) -> None:
+        if self._bar is None:
+            state = engine.state
+            self._bar = tqdm(
+                total=state.max_epochs * state.epoch_length, initial=state.iteration, desc="Train", dynamic_ncols=True
+            )
+
+    def _step(self, engine: Engine) -> None:
+        if self._bar is not None:
+            loss = float(from_engine("loss", first=True)(engine.state.output))
+            self._bar.set_postfix(epoch=f"{engine.state.epoch}/{engine.state.max_epochs}", loss=f"{loss:.3f}")
+            self._bar.update()
+
+    def _close(self, engine: Engine, *error: Exception) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        if error:
+            raise error[0]
+
+
+class TrainingHistory:
+    """Write loss and validation metrics of each epoch as ``history.csv`` and ``curves.png``.
+
+    Attach to the trainer, after MONAI's ``ValidationHandler``.
+
+    Args:
+        output_dir: folder to write to.
+        validator: engine whose metrics are taken.
+    """
+
+    def __init__(self, output_dir: str, validator: Engine) -> None:
+        self.output_dir = Path(output_dir)
+        self.validator = validator
+        self.rows: list[dict[str, float]] = []
+        self._losses: list[float] = []
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to a trainer."""
+        engine.add_event_handler(Events.STARTED, self._read)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._step)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self._write)
+
+    def _read(self, engine: Engine) -> None:
+        """Go on with the history of a resumed run."""
+        file = self.output_dir / "history.csv"
+        if engine.state.epoch and file.is_file():
+            with file.open(newline="", encoding="utf-8") as f:
+                rows = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(f)]
+            self.rows = [row for row in rows if row["epoch"] <= engine.state.epoch]
+
+    def _step(self, engine: Engine) -> None:
+        self._losses.append(float(from_engine("loss", first=True)(engine.state.output)))
+
+    def _write(self, engine: Engine) -> None:
+        row = {"epoch": float(engine.state.epoch), "loss": sum(self._losses) / len(self._losses)}
+        if self.validator.state.epoch == engine.state.epoch:
+            row.update({k: float(v) for k, v in self.validator.state.metrics.items() if isinstance(v, float)})
+        self.rows.append(row)
+        self._losses.clear()
+        text = io.StringIO()
+        table = csv.DictWriter(text, list(dict.fromkeys(key for r in self.rows for key in r)), restval="")
+        table.writeheader()
+        table.writerows(self.rows)
+        write_atomically(self.output_dir / "history.csv", text.getvalue().encode())
+        write_atomically(self.output_dir / "curves.png", self._plot())
+
+    def _plot(self) -> bytes:
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(9, 3.5), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        left.plot([r["epoch"] for r in self.rows], [r["loss"] for r in self.rows])
+        left.set(xlabel="epoch", ylabel="training loss", yscale="log")
+        for name in dict.fromkeys(key for r in self.rows for key in r if key not in ("epoch", "loss")):
+            points = [(r["epoch"], r[name]) for r in self.rows if name in r]
+            right.plot(*zip(*points), marker=".", label=name)
+        right.set(xlabel="epoch", ylabel="validation", ylim=(0, 1))
+        if right.lines:
+            right.legend()
+        picture = io.BytesIO()
+        figure.savefig(picture, format="png", dpi=120)
+        return picture.getvalue()

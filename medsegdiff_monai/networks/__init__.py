@@ -1,0 +1,7 @@
+"""The MedSegDiff network and its two ideas."""
+
+from .dynamic_conditioning import DynamicConditioning
+from .ff_parser import FFParser
+from .medsegdiff_unet import MedSegDiffUNet
+
+__all__ = ["DynamicConditioning", "FFParser", "MedSegDiffUNet"]

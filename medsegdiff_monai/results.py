@@ -1,0 +1,255 @@
+"""Results of segmented cases: NIfTI files in the input's geometry, a picture, and a row in a table."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import torch
+from ignite.engine import Engine, Events
+from monai.data import MetaTensor
+from monai.metrics import compute_dice, compute_iou
+from monai.transforms import EnsureChannelFirst, LoadImage
+from PIL import Image
+from torch import Tensor
+
+from .data.datalist import case_names, segmentation_file
+from .handlers import write_atomically
+from .transforms import Regions
+
+__all__ = ["CaseWriter", "nifti_bytes", "overlay_bytes"]
+
+COLOURS = np.array(
+    [(0, 0, 0), (230, 75, 53), (77, 187, 213), (243, 200, 60), (0, 160, 135), (132, 100, 190), (240, 130, 180)],
+    dtype=np.uint8,
+)  # background, then one for each label; further labels begin again
+
+
+def _colour(label: np.ndarray) -> np.ndarray:
+    index = label.astype(np.int64)
+    return COLOURS[np.where(index > 0, (index - 1) % (len(COLOURS) - 1) + 1, 0)]
+
+
+def nifti_bytes(array: np.ndarray, affine: np.ndarray, spatial_dims: int) -> bytes:
+    """Return a gzipped NIfTI file.
+
+    Args:
+        array: (channels, *spatial); one channel is written without a channel axis, several as the fourth axis.
+        affine: (4, 4), voxel to millimetres, RAS+.
+        spatial_dims: 2 or 3.
+    """
+    if array.shape[0] == 1:
+        array = array[0]
+    else:
+        array = np.moveaxis(array, 0, -1)
+        array = array[:, :, None] if spatial_dims == 2 else array
+    image = nib.Nifti1Image(array, affine)
+    image.header.set_xyzt_units("mm")
+    return gzip.compress(image.to_bytes(), compresslevel=5, mtime=0)
+
+
+def _png_bytes(label: np.ndarray) -> bytes:
+    """Label map (x, y) as a palette PNG: the pixel values are the labels, the palette makes them visible."""
+    picture = Image.fromarray(np.ascontiguousarray(label.T), mode="P")
+    picture.putpalette(_colour(np.arange(256)).tobytes())
+    out = io.BytesIO()
+    picture.save(out, format="PNG")
+    return out.getvalue()
+
+
+def _slice(volume: np.ndarray, spatial_dims: int, index: int) -> np.ndarray:
+    """The plane to show: the image itself in 2D, an axial one in 3D; channels last."""
+    plane = volume if spatial_dims == 2 else volume[..., index]
+    return np.moveaxis(plane, 0, -1)
+
+
+def _grey(image: np.ndarray) -> np.ndarray:
+    """Scale (x, y, channels) to RGB in [0, 1]: three channels as colours, else the first one as grey."""
+    image = image if image.shape[-1] == 3 else np.repeat(image[..., :1], 3, axis=-1)
+    low, high = np.percentile(image, (0.5, 99.5))
+    return np.clip((image - low) / max(high - low, 1e-6), 0, 1)
+
+
+def overlay_bytes(
+    image: np.ndarray,
+    prediction: np.ndarray,
+    uncertainty: np.ndarray,
+    truth: np.ndarray | None,
+    affine: np.ndarray,
+    names: Sequence[str],
+    title: str,
+) -> bytes:
+    """Return a PNG with image, ground truth (if any), prediction and uncertainty side by side.
+
+    In 3D the axial slice with the largest structure is shown.
+
+    Args:
+        image: (channels, *spatial).
+        prediction: label map (1, *spatial).
+        uncertainty: (1, *spatial) in [0, 1].
+        truth: label map (1, *spatial), or None.
+        affine: (4, 4); its voxel size sets the aspect ratio.
+        names: of the labels 1, 2, ...
+        title: of the picture.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    dims = image.ndim - 1
+    shown = prediction if truth is None else truth
+    index = 0 if dims == 2 else int((shown if shown.any() else prediction)[0].sum(axis=(0, 1), dtype=float).argmax())
+    zoom = nib.affines.voxel_sizes(affine)
+    background = _grey(_slice(image, dims, index))
+
+    def blend(label: np.ndarray) -> np.ndarray:
+        plane = _slice(label, dims, index)[..., 0]
+        return np.where(plane[..., None] > 0, 0.45 * background + 0.55 * _colour(plane) / 255, background)
+
+    panels = [("image", background), ("ground truth", None if truth is None else blend(truth))]
+    panels += [("prediction", blend(prediction)), ("uncertainty (bits)", _slice(uncertainty, dims, index)[..., 0])]
+    panels = [(name, panel) for name, panel in panels if panel is not None]
+    figure = Figure(figsize=(3.2 * len(panels) + 0.6, 3.9), layout="constrained")
+    for axis, (name, panel) in zip(figure.subplots(1, len(panels)), panels):
+        grey = {"cmap": "magma", "vmin": 0, "vmax": 1} if panel.ndim == 2 else {}
+        drawn = axis.imshow(
+            np.swapaxes(panel, 0, 1),
+            # NIfTI's second axis points up (anterior), a picture's down
+            origin="upper" if np.allclose(affine, np.eye(4)) or affine[1, 1] < 0 else "lower",
+            aspect=zoom[1] / zoom[0],
+            interpolation="nearest",
+            **grey,
+        )
+        axis.set_title(name)
+        axis.set_axis_off()
+    figure.colorbar(drawn, ax=axis, shrink=0.8)
+    handles = [Patch(color=_colour(np.array(i + 1)) / 255, label=name) for i, name in enumerate(names)]
+    figure.legend(handles=handles, loc="outside lower center", ncols=max(1, len(names)), frameon=False)
+    figure.suptitle(title, fontsize=10)
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=110)
+    return out.getvalue()
+
+
+class CaseWriter:
+    """Write the results of each case as soon as it is segmented.
+
+    ``<output_dir>/<case>/<case>_seg.nii.gz``, ``_prob.nii.gz``, ``_uncertainty_entropy.nii.gz``,
+    ``_uncertainty_mi.nii.gz``, ``_overlay.png``, ``_seg.png`` where the input was PNG, JPEG or BMP; and a row in
+    ``<output_dir>/cases.csv``: size of each class, mean uncertainty, seconds, and Dice and IoU where there is a label.
+
+    Args:
+        output_dir: folder to write to.
+        num_classes: number of foreground classes.
+        regions: see :class:`medsegdiff_monai.transforms.Regions`.
+    """
+
+    def __init__(self, output_dir: str, num_classes: int, regions: Mapping[str, Sequence[int]] | None = None) -> None:
+        self.output_dir = Path(output_dir)
+        self.regions = Regions(num_classes, regions)
+        self.rows: dict[str, dict[str, Any]] = {}
+        self._read = LoadImage(image_only=True)
+        self._channel_first = EnsureChannelFirst()
+        self._began = 0.0
+        self._fresh: list[dict[str, Any]] = []  # rows of this run
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to an evaluator."""
+        engine.add_event_handler(Events.STARTED, self._resume)
+        engine.add_event_handler(Events.ITERATION_STARTED, self._begin)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._write)
+        engine.add_event_handler(Events.COMPLETED, self._summarise)
+
+    def _resume(self, engine: Engine) -> None:
+        """Keep the rows of cases that an earlier run has finished."""
+        table = self.output_dir / "cases.csv"
+        if table.is_file():
+            with table.open(newline="", encoding="utf-8") as file:
+                self.rows = {row["case"]: row for row in csv.DictReader(file)}
+
+    def _begin(self, engine: Engine) -> None:
+        self._began = time.perf_counter()
+
+    def _write(self, engine: Engine) -> None:
+        seconds = (time.perf_counter() - self._began) / len(engine.state.output)
+        for item, output in zip(engine.state.batch, engine.state.output):
+            self._write_case(item, output, seconds)
+
+    def _summarise(self, engine: Engine) -> None:
+        """Log mean and standard deviation of the scores over the cases of this run."""
+        for key in dict.fromkeys(k for row in self._fresh for k in row if k.startswith(("dice_", "iou_"))):
+            values = np.array([row[key] for row in self._fresh if key in row])
+            engine.logger.info(f"{key}: {values.mean():.4f} (std {values.std():.4f}, {len(values)} cases)")
+        engine.logger.info(f"Results of {len(self._fresh)} cases are in {self.output_dir}")
+
+    def _write_case(self, item: Mapping[str, Any], output: Mapping[str, Tensor], seconds: float) -> None:
+        source = str(item["image"].meta["filename_or_obj"])
+        case = item.get("case") or case_names([source])[0]
+        image = self._channel_first(self._read(source))  # in its own grid, as the results are
+        affine = np.asarray(image.affine, dtype=np.float64)
+        label = output["label"] if isinstance(output.get("label"), Tensor) else None
+        row = {"case": case, **self._sizes(output["mask"], affine), "seconds": round(seconds, 3)}
+        for name in ("uncertainty_entropy", "uncertainty_mi"):
+            row[f"mean_{name}"] = round(float(output[name].mean()), 6)
+        if label is not None:
+            row.update(self._scores(output["mask"], label))
+        self._write_files(case, source, image, affine, output, label, row)
+        self._fresh.append(row)
+        self.rows[case] = row
+        text = io.StringIO()
+        table = csv.DictWriter(text, list(dict.fromkeys(key for r in self.rows.values() for key in r)), restval="")
+        table.writeheader()
+        table.writerows(self.rows.values())
+        write_atomically(self.output_dir / "cases.csv", text.getvalue().encode())
+
+    def _sizes(self, masks: Tensor, affine: np.ndarray) -> dict[str, float]:
+        dims = masks.ndim - 1
+        unit = float(np.prod(nib.affines.voxel_sizes(affine)[:dims]))
+        kind = "area_mm2" if dims == 2 else "volume_mm3"
+        return {f"{kind}_{n}": round(float(m.sum()) * unit, 3) for n, m in zip(self.regions.names, masks)}
+
+    def _scores(self, masks: Tensor, label: Tensor) -> dict[str, float]:
+        scores = {}
+        for metric, compute in (("dice", compute_dice), ("iou", compute_iou)):
+            values = compute(masks[None], label[None], include_background=True, ignore_empty=False)[0]
+            scores.update({f"{metric}_{n}": round(float(v), 6) for n, v in zip(self.regions.names, values)})
+        return scores
+
+    def _write_files(
+        self,
+        case: str,
+        source: str,
+        image: MetaTensor,
+        affine: np.ndarray,
+        output: Mapping[str, Tensor],
+        label: Tensor | None,
+        row: Mapping[str, Any],
+    ) -> None:
+        folder = self.output_dir / case
+        results = {k: np.asarray(output[k].cpu()) for k in ("pred", "prob", "uncertainty_entropy", "uncertainty_mi")}
+        dims = image.ndim - 1
+        dice = [f"{name} {row[f'dice_{name}']:.3f}" for name in self.regions.names if f"dice_{name}" in row]
+        overlay = overlay_bytes(
+            np.asarray(image),
+            results["pred"],
+            results["uncertainty_entropy"],
+            None if label is None else self.regions.label_map(torch.as_tensor(label)).cpu().numpy(),
+            affine,
+            self.regions.names,
+            case + (f"   Dice: {', '.join(dice)}" if dice else ""),
+        )
+        write_atomically(folder / f"{case}_overlay.png", overlay)
+        for name in ("prob", "uncertainty_entropy", "uncertainty_mi"):
+            array = results[name].astype(np.float32)
+            write_atomically(folder / f"{case}_{name}.nii.gz", nifti_bytes(array, affine, dims))
+        if source.lower().endswith((".png", ".jpg", ".jpeg", ".bmp")):
+            write_atomically(folder / f"{case}_seg.png", _png_bytes(results["pred"][0]))
+        # the mask comes last: where it stands, the case is finished
+        write_atomically(segmentation_file(self.output_dir, case), nifti_bytes(results["pred"], affine, dims))
+
