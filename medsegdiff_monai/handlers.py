@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
 import os
 import pickle
 import re
@@ -32,6 +33,9 @@ __all__ = [
     "WeightsLoader",
     "write_atomically",
 ]
+
+
+logger = logging.getLogger(__name__)
 
 
 def write_atomically(path: str | Path, content: bytes) -> None:
@@ -124,7 +128,7 @@ class WeightsLoader(CheckpointLoader):
                 "like, or the overlays, as in training."
             )
         self.model.load_state_dict(weights)
-        self.logger.info(f"Restored all variables from {self.load_path}")
+        logger.info(f"Restored all variables from {self.load_path}")
 
 
 class BestModelSaver:
@@ -189,7 +193,7 @@ class TrainingCheckpoint:
 
         newest = max(self.ckpt_dir.glob("checkpoint_epoch=*.pt"), key=epoch, default=None)
         if newest is None:
-            engine.logger.info(f"No checkpoint in {self.ckpt_dir}: training starts anew.")
+            logger.info(f"No checkpoint in {self.ckpt_dir}: training starts anew.")
             return
         content = _load_checkpoint(newest)
         max_epochs = engine.state.max_epochs
@@ -197,7 +201,7 @@ class TrainingCheckpoint:
             raise InputError(f"{newest}: max_epochs={max_epochs} are done: set --max_epochs higher to train on.")
         Checkpoint.load_objects({**self.objects, "trainer": engine}, content)
         engine.state.max_epochs = max_epochs
-        engine.logger.info(f"Resumed from {newest}")
+        logger.info(f"Resumed from {newest}")
 
 
 class TrainingProgress:

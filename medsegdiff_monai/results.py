@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,6 +26,8 @@ from .handlers import write_atomically
 from .transforms import Regions
 
 __all__ = ["CaseWriter", "nifti_bytes", "overlay_bytes"]
+
+logger = logging.getLogger(__name__)
 
 COLOURS = np.array(
     [(0, 0, 0), (230, 75, 53), (77, 187, 213), (243, 200, 60), (0, 160, 135), (132, 100, 190), (240, 130, 180)],
@@ -185,8 +188,8 @@ class CaseWriter:
         """Log mean and standard deviation of the scores over the cases of this run."""
         for key in dict.fromkeys(k for row in self._fresh for k in row if k.startswith(("dice_", "iou_"))):
             values = np.array([row[key] for row in self._fresh if key in row])
-            engine.logger.info(f"{key}: {values.mean():.4f} (std {values.std():.4f}, {len(values)} cases)")
-        engine.logger.info(f"Results of {len(self._fresh)} cases are in {self.output_dir}")
+            logger.info(f"{key}: {values.mean():.4f} (std {values.std():.4f}, {len(values)} cases)")
+        logger.info(f"Results of {len(self._fresh)} cases are in {self.output_dir}")
 
     def _write_case(self, item: Mapping[str, Any], output: Mapping[str, Tensor], seconds: float) -> None:
         source = str(item["image"].meta["filename_or_obj"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Optional
 
 import torch
@@ -15,8 +14,12 @@ __all__ = ["AttentionBlock", "Downsample", "ResBlock", "Stage", "Upsample", "gro
 
 
 def group_norm(num_groups: int, channels: int) -> nn.GroupNorm:
-    """Group normalisation with at most ``num_groups`` groups: the largest number that also divides ``channels``."""
-    return nn.GroupNorm(math.gcd(num_groups, channels), channels)
+    """Group normalisation of at least two channels a group, so that a single pixel can be normalised.
+
+    The number of groups is the largest one that fits and divides both ``num_groups`` and ``channels``.
+    """
+    groups = [n for n in range(1, max(1, channels // 2) + 1) if channels % n == 0 and num_groups % n == 0]
+    return nn.GroupNorm(groups[-1], channels)
 
 
 def _zero(module: nn.Module) -> nn.Module:

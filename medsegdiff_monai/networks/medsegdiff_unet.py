@@ -193,7 +193,8 @@ class MedSegDiffUNet(nn.Module):
             image: (batch, in_channels, *spatial); every spatial size divisible by ``stride``.
 
         Returns:
-            Feature maps (batch, channels[i], *spatial / 2**i), from full resolution down.
+            Feature maps (batch, channels[i], *spatial / 2**i), from full resolution down. Where no level is fused,
+            the last one is the embedding that enters the sum, (batch, channels[-2], *spatial / stride).
 
         Raises:
             ValueError: for another number of channels or axes, or a size that the stride does not divide.

@@ -1,0 +1,127 @@
+"""Single files of every format, segmented through inference.json in their own geometry."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import itk
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from monai.bundle import ConfigParser
+from PIL import Image
+
+from medsegdiff_monai.__main__ import segment
+
+from .conftest import CONFIGS, OBLIQUE, PICTURE_SETTINGS, ROOT, VOLUME_SETTINGS, blob
+
+NETWORK = {"channels": [8, 8], "num_res_blocks": 1, "num_members": 2, "device": "cpu"}
+
+
+def run_segment(folder: Path, *images: Path, **settings) -> Path:
+    """Segment with random weights: only geometry and files matter here."""
+    settings = {**NETWORK, **settings}
+    parser = ConfigParser()
+    parser.read_config(str(CONFIGS / "inference.json"))
+    parser.update({"bundle_root": str(ROOT / "bundle"), **settings})
+    torch.save(parser.get_parsed_content("network_def").state_dict(), folder / "model.pt")
+    segment(
+        *map(str, images), output_dir=str(folder / "out"), bundle_root=str(ROOT / "bundle"),
+        checkpoint=str(folder / "model.pt"), **settings,
+    )  # fmt: skip
+    return folder / "out"
+
+
+def itk_volume(shape: tuple[int, int, int]) -> itk.Image:
+    """A volume with oblique axes, anisotropic spacing and an offset (ITK's LPS coordinates)."""
+    volume = itk.image_from_array(np.ascontiguousarray(blob(shape, np.random.default_rng(0))[0].T.astype(np.int16)))
+    c, s = np.cos(0.3), np.sin(0.3)
+    volume.SetDirection(itk.matrix_from_array(np.array([[c, -s, 0], [s, c, 0], [0, 0, 1.0]])))
+    volume.SetSpacing([0.8, 1.1, 2.5])
+    volume.SetOrigin([5.0, -20.0, 30.0])
+    return volume
+
+
+def expected_affine(volume: itk.Image) -> np.ndarray:
+    affine = np.eye(4)
+    affine[:3, :3] = itk.array_from_matrix(volume.GetDirection()) @ np.diag(volume.GetSpacing())
+    affine[:3, 3] = volume.GetOrigin()
+    return np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine  # LPS to RAS
+
+
+@pytest.mark.parametrize("suffix", ["mha", "nrrd", "nii.gz"])
+def test_volumes_of_every_format(suffix, tmp_path):
+    volume = itk_volume((13, 10, 7))
+    itk.imwrite(volume, str(tmp_path / f"scan.{suffix}"))
+    out = run_segment(tmp_path, tmp_path / f"scan.{suffix}", **VOLUME_SETTINGS)
+    result = nib.load(out / "scan" / "scan_seg.nii.gz")
+    assert result.shape == (13, 10, 7)
+    np.testing.assert_allclose(result.affine, expected_affine(volume), atol=1e-4)
+
+
+def test_dicom_series_is_one_volume(tmp_path):
+    """A folder of slices, whose names do not follow their positions."""
+    volume = itk_volume((12, 10, 5))
+    names = [str(tmp_path / "series" / f"IM{i}.dcm") for i in (7, 2, 9, 1, 4)]
+    (tmp_path / "series").mkdir()
+    array = itk.array_from_image(volume)
+    direction, spacing, origin = (
+        itk.array_from_matrix(volume.GetDirection()), np.array(volume.GetSpacing()), np.array(volume.GetOrigin())
+    )  # fmt: skip
+    for k, name in enumerate(names):
+        plane = itk.image_from_array(np.ascontiguousarray(array[k : k + 1]))
+        plane.SetDirection(volume.GetDirection())
+        plane.SetSpacing(volume.GetSpacing())
+        plane.SetOrigin(origin + direction @ np.array([0, 0, k * spacing[2]]))
+        io = itk.GDCMImageIO.New()
+        io.KeepOriginalUIDOn()
+        tags = {
+            "0008|0060": "MR", "0020|000d": "1.2.3", "0020|000e": "1.2.3.4", "0008|0018": f"1.2.3.4.{k + 1}",
+            "0020|0013": str(k + 1), "0020|0032": "\\".join(f"{v:.6f}" for v in plane.GetOrigin()),
+            "0020|0037": "\\".join(f"{v:.6f}" for v in direction[:, :2].T.ravel()), "0018|0050": "2.5",
+        }  # fmt: skip
+        dictionary = plane.GetMetaDataDictionary()
+        for tag, value in tags.items():
+            dictionary[tag] = value
+        itk.imwrite(plane, name, imageio=io)
+    out = run_segment(tmp_path, tmp_path / "series", **VOLUME_SETTINGS)
+    result = nib.load(out / "series" / "series_seg.nii.gz")
+    assert result.shape == (12, 10, 5)
+    np.testing.assert_allclose(result.affine, expected_affine(volume), atol=1e-3)
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "bmp"])
+def test_pictures_that_are_not_square(suffix, tmp_path):
+    image = blob((20, 31), np.random.default_rng(0))[0].clip(0, 255).astype(np.uint8)
+    Image.fromarray(image).convert("RGB").save(tmp_path / f"photo.{suffix}")
+    out = run_segment(tmp_path, tmp_path / f"photo.{suffix}", **PICTURE_SETTINGS)
+    assert Image.open(out / "photo" / "photo_seg.png").size == (31, 20)
+
+
+def test_a_marked_corner_stays_where_it_is(tmp_path):
+    """Orientation, spacing and window: a network that returns the image's brightness must give back the image."""
+    from monai.inferers import SimpleInferer
+    from monai.transforms import Compose
+
+    data = np.full((17, 12, 9), -1.0, np.float32)
+    data[:5, :4, :3] = 1.0
+    nib.save(nib.Nifti1Image(data, OBLIQUE), tmp_path / "image.nii.gz")
+    parser = ConfigParser()
+    parser.read_config(str(CONFIGS / "inference.json"))
+    parser.update({"bundle_root": "", "num_classes": 1, "fusion": "mean", "spacing": [0.4, 0.4, 1.25]})
+    preprocess: Compose = parser.get_parsed_content("preprocessing")
+    item = preprocess({"image": str(tmp_path / "image.nii.gz")})
+    assert item["image"].shape[1] > 2 * 17 - 3  # it was resampled
+    item["pred"] = SimpleInferer()(item["image"], lambda x: (x > 0).float())
+    result = parser.get_parsed_content("postprocessing")(item)
+    np.testing.assert_array_equal(np.asarray(result["pred"])[0], data > 0)
+    np.testing.assert_allclose(result["pred"].affine, OBLIQUE, atol=1e-4)
+
+
+def test_two_files_of_one_name_do_not_overwrite_each_other(tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        itk.imwrite(itk_volume((9, 8, 7)), str(tmp_path / folder / "scan.mha"))
+    out = run_segment(tmp_path, tmp_path / "a" / "scan.mha", tmp_path / "b" / "scan.mha", **VOLUME_SETTINGS)
+    assert {p.name for p in out.iterdir() if p.is_dir()} == {"a_scan", "b_scan"}
