@@ -16,7 +16,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python -m medsegdiff_monai demo
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

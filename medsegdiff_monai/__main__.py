@@ -1,6 +1,8 @@
-"""Commands: ``python -m medsegdiff_monai segment | demo``."""
+"""Commands: ``python -m medsegdiff_monai check | prepare | segment | demo``."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import fire
 
@@ -8,7 +10,7 @@ from .errors import show_input_errors_plainly
 
 
 def segment(
-    *images: str, output_dir: str, bundle_root: str | None = None, config_file: str | None = None, **override: object
+    *images: str, output_dir: str, bundle_root: str | None = None, config_file: str | None = None, **override: Any
 ) -> None:
     """Segment single images through the bundle's ``inference.json``; finished ones are skipped.
 
@@ -36,6 +38,34 @@ def segment(
     )
 
 
+def prepare(kind: str, source: str, output: str, **options: Any) -> None:
+    """Turn a raw download into a data set in Decathlon layout; run again, it goes on where it stopped.
+
+    Args:
+        kind: ``refuge``, ``brats``, ``ddti``, ``decathlon`` or ``folder`` (images/ and labels/ matched by name).
+        source: folder of the download; it is never altered.
+        output: folder to write to.
+        **options: ``--seed``, ``--workers``, and those of the kind, such as ``--crop_disc true`` (refuge) or
+            ``--slices 2D --regions whole`` (brats).
+    """
+    from .data.prepare import prepare
+
+    prepare(kind, str(source), str(output), **options)
+
+
+def check(dataset: str, write: str | None = None, strict: bool | str = False) -> None:
+    """Check a data set in Decathlon layout: every fault at once, a fingerprint, and the config variables that fit.
+
+    Args:
+        dataset: folder that holds ``dataset.json``.
+        write: file to write the proposed variables to, an overlay for the bundle's configs.
+        strict: whether warnings count as errors.
+    """
+    from .data.report import check
+
+    check(str(dataset), write, strict)
+
+
 def demo(output_dir: str = "demo_output") -> None:
     """Prepare real MRI that a Python package carries, train on it, score, and write a picture of the result.
 
@@ -50,7 +80,8 @@ def demo(output_dir: str = "demo_output") -> None:
 def main() -> None:
     """Run a command; bad input ends with one message."""
     show_input_errors_plainly()
-    fire.Fire({"segment": segment, "demo": demo}, name="medsegdiff_monai")
+    commands = {"check": check, "prepare": prepare, "segment": segment, "demo": demo}
+    fire.Fire(commands, name="medsegdiff_monai")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,15 @@ from torch import Tensor
 
 from .errors import InputError
 
-__all__ = ["FUSIONS", "binary_entropy", "check_fusion", "fuse_members", "mutual_information", "predictive_entropy", "staple"]
+__all__ = [
+    "FUSIONS",
+    "binary_entropy",
+    "check_fusion",
+    "fuse_members",
+    "mutual_information",
+    "predictive_entropy",
+    "staple",
+]
 
 
 def _disagreement_box(votes: np.ndarray) -> tuple[slice, ...] | None:
@@ -32,7 +40,7 @@ def staple(votes: np.ndarray) -> np.ndarray:
     Returns:
         float32 probability of the foreground, (*spatial).
     """
-    probability = votes.all(0).astype(np.float32)
+    probability = np.asarray(votes.all(0), dtype=np.float32)
     box = _disagreement_box(votes)
     if box is None:
         return probability

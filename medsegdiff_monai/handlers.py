@@ -66,10 +66,10 @@ class ModelEMA(EMAHandler):
         super().__init__(model, momentum=momentum, momentum_warmup=0.2, warmup_iters=warmup_iters)
         self.ema_model = ema_model.requires_grad_(False).eval()
 
-    def attach(self, engine: Engine, *args: Any, **kwargs: Any) -> None:
-        """Attach to a trainer; see Ignite's ``EMAHandler``."""
+    def attach(self, engine: Engine) -> None:  # type: ignore[override]
+        """Attach to a trainer."""
         engine.add_event_handler(Events.STARTED, lambda: self.ema_model.load_state_dict(self.model.state_dict()))
-        super().attach(engine, *args, warn_if_exists=False, **kwargs)
+        super().attach(engine, warn_if_exists=False)
 
 
 def _load_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -151,7 +151,8 @@ class BestModelSaver:
 
     def __call__(self, engine: Engine) -> None:
         """Write the weights if this validation was the best."""
-        if engine.state.best_metric_epoch == engine.state.epoch:
+        state: Any = engine.state  # MONAI's workflows add to it
+        if state.best_metric_epoch == state.epoch:
             saver = DiskSaver(str(self.path.parent), atomic=True, create_dir=True, require_empty=False)
             saver(self.model.state_dict(), self.path.name)
 
@@ -196,7 +197,7 @@ class TrainingCheckpoint:
             logger.info(f"No checkpoint in {self.ckpt_dir}: training starts anew.")
             return
         content = _load_checkpoint(newest)
-        max_epochs = engine.state.max_epochs
+        max_epochs = engine.state.max_epochs or 0
         if epoch(newest) >= max_epochs:
             raise InputError(f"{newest}: max_epochs={max_epochs} are done: set --max_epochs higher to train on.")
         Checkpoint.load_objects({**self.objects, "trainer": engine}, content)
@@ -216,7 +217,7 @@ class TrainingProgress:
 
     def _open(self, engine: Engine) -> None:
         if self._bar is None:
-            state = engine.state
+            state: Any = engine.state
             self._bar = tqdm(
                 total=state.max_epochs * state.epoch_length, initial=state.iteration, desc="Train", dynamic_ncols=True
             )

@@ -13,6 +13,7 @@ from monai.networks.schedulers import Scheduler
 from torch import Tensor
 
 from .errors import InputError
+from .schedulers import DiffusionScheduler
 from .settings import as_bool
 
 __all__ = ["DiffusionEnsembleInferer", "DiffusionTrainingInferer"]
@@ -30,7 +31,9 @@ class DiffusionTrainingInferer(DiffusionInferer):
         super().__init__(scheduler)
         self.amp = as_bool(amp)
 
-    def __call__(self, inputs: Tensor, diffusion_model: Callable, **kwargs: Any) -> Tensor:
+    def __call__(  # type: ignore[override]
+        self, inputs: Tensor, diffusion_model: Any, **kwargs: Any
+    ) -> Tensor:
         """Noise ``inputs`` (the mask) and return what the network makes of it; see MONAI's ``DiffusionInferer``."""
         with torch.autocast(inputs.device.type, dtype=torch.bfloat16, enabled=self.amp):
             return super().__call__(inputs, diffusion_model, **kwargs)
@@ -64,7 +67,7 @@ class DiffusionEnsembleInferer(Inferer):
 
     def __init__(
         self,
-        scheduler: Scheduler,
+        scheduler: DiffusionScheduler,
         num_classes: int,
         roi_size: Sequence[int],
         num_members: int = 5,
@@ -149,8 +152,9 @@ class DiffusionEnsembleInferer(Inferer):
         noise = self.noise(field).to(image)[None].expand(image.shape[0], *[-1] * (image.ndim - 1))
         channels = image.shape[1]
         with torch.autocast(image.device.type, dtype=torch.bfloat16, enabled=self.amp):
-            out = self.window(
+            out: Any = self.window(
                 torch.cat([image, noise], dim=1), lambda x: self.sample(x[:, :channels], x[:, channels:], network)
             )
-        out = out[(..., *(slice(b, b + s) for b, s in zip(before, size)))]
+        inner = (slice(None), slice(None), *(slice(b, b + s) for b, s in zip(before, size)))
+        out = out[inner]
         return MetaTensor(out).copy_meta_from(inputs) if isinstance(inputs, MetaTensor) else out

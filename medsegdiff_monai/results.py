@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from ignite.engine import Engine, Events
 from monai.data import MetaTensor
+from monai.data.utils import to_affine_nd
 from monai.metrics import compute_dice, compute_iou
 from monai.transforms import EnsureChannelFirst, LoadImage
 from PIL import Image
@@ -115,10 +116,13 @@ def overlay_bytes(
         plane = _slice(label, dims, index)[..., 0]
         return np.where(plane[..., None] > 0, 0.45 * background + 0.55 * _colour(plane) / 255, background)
 
-    panels = [("image", background), ("ground truth", None if truth is None else blend(truth))]
+    panels = [("image", background)]
+    if truth is not None:
+        panels.append(("ground truth", blend(truth)))
     panels += [("prediction", blend(prediction)), ("uncertainty (bits)", _slice(uncertainty, dims, index)[..., 0])]
-    panels = [(name, panel) for name, panel in panels if panel is not None]
-    figure = Figure(figsize=(3.2 * len(panels) + 0.6, 3.9), layout="constrained")
+    shape = panels[0][1].shape
+    width = float(np.clip(3.2 * shape[0] * zoom[0] / (shape[1] * zoom[1]), 1.6, 4.8))
+    figure = Figure(figsize=(width * len(panels) + 0.8, 4.4), layout="constrained")
     for axis, (name, panel) in zip(figure.subplots(1, len(panels)), panels):
         grey = {"cmap": "magma", "vmin": 0, "vmax": 1} if panel.ndim == 2 else {}
         drawn = axis.imshow(
@@ -132,7 +136,7 @@ def overlay_bytes(
         axis.set_title(name)
         axis.set_axis_off()
     figure.colorbar(drawn, ax=axis, shrink=0.8)
-    handles = [Patch(color=_colour(np.array(i + 1)) / 255, label=name) for i, name in enumerate(names)]
+    handles = [Patch(color=tuple(_colour(np.array(i + 1)) / 255), label=name) for i, name in enumerate(names)]
     figure.legend(handles=handles, loc="outside lower center", ncols=max(1, len(names)), frameon=False)
     figure.suptitle(title, fontsize=10)
     out = io.BytesIO()
@@ -180,8 +184,9 @@ class CaseWriter:
         self._began = time.perf_counter()
 
     def _write(self, engine: Engine) -> None:
-        seconds = (time.perf_counter() - self._began) / len(engine.state.output)
-        for item, output in zip(engine.state.batch, engine.state.output):
+        state: Any = engine.state  # lists of items, after MONAI's decollation
+        seconds = (time.perf_counter() - self._began) / len(state.output)
+        for item, output in zip(state.batch, state.output):
             self._write_case(item, output, seconds)
 
     def _summarise(self, engine: Engine) -> None:
@@ -194,8 +199,8 @@ class CaseWriter:
     def _write_case(self, item: Mapping[str, Any], output: Mapping[str, Tensor], seconds: float) -> None:
         source = str(item["image"].meta["filename_or_obj"])
         case = item.get("case") or case_names([source])[0]
-        image = self._channel_first(self._read(source))  # in its own grid, as the results are
-        affine = np.asarray(image.affine, dtype=np.float64)
+        image: Any = self._channel_first(self._read(source))  # in its own grid, as the results are
+        affine = np.asarray(to_affine_nd(3, image.affine), dtype=np.float64)  # ITK's is 3 x 3 in 2D
         label = output["label"] if isinstance(output.get("label"), Tensor) else None
         row = {"case": case, **self._sizes(output["mask"], affine), "seconds": round(seconds, 3)}
         for name in ("uncertainty_entropy", "uncertainty_mi"):
@@ -255,4 +260,3 @@ class CaseWriter:
             write_atomically(folder / f"{case}_seg.png", _png_bytes(results["pred"][0]))
         # the mask comes last: where it stands, the case is finished
         write_atomically(segmentation_file(self.output_dir, case), nifti_bytes(results["pred"], affine, dims))
-

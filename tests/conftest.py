@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of this and of the commands started; tests run side by side
 
 import nibabel as nib
 import numpy as np
@@ -19,9 +22,7 @@ TINY = {"channels": [8, 8], "num_res_blocks": 1, "max_epochs": 1, "val_interval"
 
 # a rotation about two axes, anisotropic voxels and an offset
 OBLIQUE = np.eye(4)
-OBLIQUE[:3, :3] = (
-    np.array([[0.9, -0.3, 0.1], [0.3, 0.94, 0.0], [-0.1, 0.0, 0.99]]) @ np.diag([-1.0, 0.8, 2.5])
-)
+OBLIQUE[:3, :3] = np.array([[0.9, -0.3, 0.1], [0.3, 0.94, 0.0], [-0.1, 0.0, 0.99]]) @ np.diag([-1.0, 0.8, 2.5])
 OBLIQUE[:3, 3] = (12.5, -40.0, 7.25)
 
 

@@ -182,7 +182,9 @@ def test_on_the_command_line_the_message_comes_alone_and_the_exit_code_is_not_ze
 
 
 def test_outside_of_the_bundle_its_root_is_asked_for_and_nothing_is_written(tmp_path):
-    done = command("monai.bundle", "run", "--config_file", CONFIGS / "inference.json", "--dataset_dir", ROOT, cwd=tmp_path)
+    done = command(
+        "monai.bundle", "run", "--config_file", CONFIGS / "inference.json", "--dataset_dir", ROOT, cwd=tmp_path
+    )
     assert done.returncode == 1
     assert "--bundle_root" in done.stderr and "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []

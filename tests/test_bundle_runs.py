@@ -142,7 +142,9 @@ def test_training_resumes_with_false_as_a_string_meaning_false(bundle, pictures)
 
 
 def test_shared_variables_and_network_are_the_same_in_all_configs():
-    train, evaluate, inference = (ConfigParser.load_config_file(CONFIGS / f"{n}.json") for n in ("train", "evaluate", "inference"))
+    train, evaluate, inference = (
+        ConfigParser.load_config_file(CONFIGS / f"{n}.json") for n in ("train", "evaluate", "inference")
+    )
     differ = {"output_dir", "imports", "run", "initialize", "num_members"}  # validation draws one member
     for other in (evaluate, inference):
         for key in set(train) & set(other) - differ:

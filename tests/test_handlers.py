@@ -79,7 +79,9 @@ def test_last_checkpoints_are_kept_and_resumed(tmp_path):
     torch.testing.assert_close(halves.weight, through.weight, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("text, value", [("true", True), ("True", True), ("FALSE", False), (True, True), (False, False)])
+@pytest.mark.parametrize(
+    "text, value", [("true", True), ("True", True), ("FALSE", False), (True, True), (False, False)]
+)
 def test_booleans_from_the_command_line(text, value):
     assert as_bool(text) is value
 

@@ -6,16 +6,15 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from monai.data import MetaTensor
-from monai.transforms import Compose, EnsureChannelFirst, LoadImage
 from tqdm import tqdm
 
 from ..errors import InputError
 from ..transforms import Regions
+from .reading import load_image
 
 __all__ = ["DataSpec", "check_items", "first_file"]
 
@@ -44,29 +43,8 @@ def first_file(image: str | Sequence[str]) -> str:
     return image if isinstance(image, str) else image[0]
 
 
-_read = Compose([LoadImage(image_only=True), EnsureChannelFirst()])
-
-
-def _load(path: str | Sequence[str]) -> MetaTensor:
-    """Read an image as (channels, *spatial).
-
-    Raises:
-        InputError: where a file is missing or cannot be read.
-    """
-    for file in [path] if isinstance(path, str) else path:
-        if not Path(file).exists():
-            raise InputError(f"{file}: no such file: correct the path in the data list, or add the file.")
-    try:
-        return _read(path)
-    except Exception as error:  # readers raise whatever they like; the file is what matters
-        reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
-        raise InputError(
-            f"{first_file(path)}: cannot be read ({reason[-1][:200]}): replace the file, it may be truncated."
-        ) from error
-
-
 def _check_image(path: str | Sequence[str], spec: DataSpec) -> MetaTensor:
-    image = _load(path)
+    image = load_image(path)
     name, dims, channels = first_file(path), image.ndim - 1, image.shape[0]
     if dims != spec.spatial_dims:
         raise InputError(
@@ -85,7 +63,7 @@ def _check_image(path: str | Sequence[str], spec: DataSpec) -> MetaTensor:
 
 
 def _check_label(path: str, image: MetaTensor, spec: DataSpec, regions: Regions) -> None:
-    label = _load(path)
+    label = load_image(path)
     if label.shape[0] != 1:
         raise InputError(
             f"{path}: a label map has one channel, this has {label.shape[0]}: save label values, no colours."

@@ -13,10 +13,20 @@ from typing import Any
 from ..errors import InputError
 from ..settings import as_bool
 from .checks import SHOWN, DataSpec, check_items, first_file, refuse
+from .reading import IMAGE_SUFFIXES
 
-__all__ = ["CaseList", "case_names", "evaluation_items", "inference_items", "segmentation_file", "training_splits"]
+__all__ = [
+    "CaseList",
+    "case_names",
+    "evaluation_items",
+    "hold_out",
+    "inference_items",
+    "is_dicom_file",
+    "segmentation_file",
+    "stem_of",
+    "training_splits",
+]
 
-IMAGE_SUFFIXES = (".nii", ".nii.gz", ".nrrd", ".mha", ".mhd", ".png", ".jpg", ".jpeg", ".bmp")
 HELD_OUT = 0.2
 
 
@@ -76,6 +86,12 @@ def _entry(entry: Any, split: str, index: int, file: Path) -> dict[str, Any]:
         entry = {"image": entry}
     if not isinstance(entry, dict) or "image" not in entry:
         raise InputError(f"{file}: {split}[{index}] = {entry!r} needs the key 'image'.")
+    for key in ("image", "label"):
+        value = entry.get(key, "")
+        if not isinstance(value, str) and not (
+            value and isinstance(value, list) and all(isinstance(v, str) for v in value)
+        ):
+            raise InputError(f"{file}: {split}[{index}]: {key!r} is {value!r}, no file name: correct it.")
     item = {"image": _absolute(entry["image"], file.parent)}
     if "label" in entry:
         item["label"] = _absolute(entry["label"], file.parent)
@@ -87,7 +103,8 @@ def _absolute(path: str | Sequence[str], folder: Path) -> str | list[str]:
     return str((folder / path).resolve()) if isinstance(path, str) else [str((folder / p).resolve()) for p in path]
 
 
-def _stem(path: str) -> str:
+def stem_of(path: str) -> str:
+    """The name of an image file without its suffix, of which ``.nii.gz`` is one."""
     name = Path(path).name
     for suffix in sorted(IMAGE_SUFFIXES, key=len, reverse=True):
         if name.lower().endswith(suffix):
@@ -102,7 +119,7 @@ def case_names(images: Sequence[str | Sequence[str]]) -> list[str]:
         images: image files (the first one names a case of several).
     """
     paths = [Path(first_file(image)) for image in images]
-    stems = [_stem(str(path)) for path in paths]
+    stems = [stem_of(str(path)) for path in paths]
     names = stems
     depth = 0
     while max(Counter(names).values(), default=1) > 1 and depth < max(len(path.parts) for path in paths):
@@ -120,7 +137,7 @@ def _named(items: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [{**{k: item[k] for k in ("image", "label") if k in item}, "case": n} for item, n in zip(items, names)]
 
 
-def _hold_out(items: list[dict[str, Any]], seed: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def hold_out(items: list[dict[str, Any]], seed: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Split off about 20 %, whole patients (or clusters) at a time."""
     group_of = [item.get("group", f"case {i}") for i, item in enumerate(items)]
     groups = sorted(set(group_of))
@@ -153,7 +170,7 @@ def training_splits(dataset_dir: str, spec: DataSpec, seed: int = 0) -> dict[str
     lists = _read_lists(folder)
     training, validation = lists["training"], lists["validation"]
     if not validation:
-        training, validation = _hold_out(training, seed)
+        training, validation = hold_out(training, seed)
     if not training or not validation:
         raise InputError(
             f"{folder / 'dataset.json'}: 'training' lists {len(lists['training'])} cases, which leaves "
@@ -192,11 +209,12 @@ def evaluation_items(dataset_dir: str, spec: DataSpec, eval_split: str | None = 
 def _walk(folder: Path) -> list[dict[str, Any]]:
     """All readable images below a folder: files by their suffix, and folders of DICOM files as one volume each."""
     found = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name.lower().endswith(IMAGE_SUFFIXES)]
-    series = {p.parent for p in folder.rglob("*") if p.is_file() and _is_dicom(p)}
+    series = {p.parent for p in folder.rglob("*") if p.is_file() and is_dicom_file(p)}
     return [{"image": str(path.resolve())} for path in sorted({*found, *series})]
 
 
-def _is_dicom(path: Path) -> bool:
+def is_dicom_file(path: Path) -> bool:
+    """Whether a file is DICOM, by its name and its first bytes."""
     if path.suffix.lower() not in (".dcm", ".ima", ""):
         return False
     with path.open("rb") as file:

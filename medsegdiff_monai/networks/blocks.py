@@ -96,8 +96,7 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Attend over the pixels of ``x`` (batch, channels, *spatial); the shape is kept."""
-        batch, channels = x.shape[:2]
-        heads = channels // self.num_head_channels
+        heads = x.shape[1] // self.num_head_channels
         qkv = self.qkv(self.norm(x)).flatten(2).transpose(1, 2)  # B, N, 3 C
         # the fused kernels want the channels of a head side by side in memory; with channels last this is no copy
         q, k, v = qkv.contiguous().unflatten(2, [3, heads, self.num_head_channels]).permute(2, 0, 3, 1, 4).unbind(0)

@@ -85,7 +85,7 @@ class FFParser(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Filter ``x`` of shape (batch, channels, *spatial); float32 inside, shape and dtype are kept."""
-        size = x.shape[2:]
+        size = list(x.shape[2:])
         dims = [i + 2 for i in range(self.spatial_dims)]
         spectrum = torch.fft.rfftn(x.float(), dim=dims)
         return torch.fft.irfftn(spectrum * self.frequency_map(size), s=size, dim=dims).to(x.dtype)

@@ -12,11 +12,13 @@ from hypothesis import strategies as st
 from medsegdiff_monai.networks.blocks import AttentionBlock, Downsample, ResBlock, Stage, Upsample, group_norm
 
 
-@pytest.mark.parametrize(("limit", "channels", "groups"), [(32, 128, 32), (32, 48, 16), (32, 7, 1), (4, 6, 2)])
+@pytest.mark.parametrize(
+    ("limit", "channels", "groups"), [(32, 128, 32), (32, 48, 16), (32, 32, 16), (32, 7, 1), (4, 6, 2), (4, 2, 1)]
+)
 def test_group_norm_fits_any_number_of_channels(limit, channels, groups):
     norm = group_norm(limit, channels)
     assert norm.num_groups == groups
-    assert norm(torch.randn(2, channels, 3, 3)).shape == (2, channels, 3, 3)
+    assert norm(torch.randn(1, channels, 1, 1)).isfinite().all()
 
 
 @settings(max_examples=20, deadline=None)

@@ -163,6 +163,7 @@ def test_works_in_float32_under_bfloat16_autocast():
         y = parser(x)
     assert y.dtype == torch.bfloat16
     assert torch.equal(y, parser(x.float()).bfloat16())
+    assert torch.equal(y, parser(x))  # and without autocast
 
 
 def test_holds_one_real_parameter():

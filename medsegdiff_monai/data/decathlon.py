@@ -1,0 +1,115 @@
+"""Any task of the Medical Segmentation Decathlon, or a data set in its layout."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from ..errors import InputError
+from .datalist import case_names
+from .layout import Case, CaseFiles, Layout, check_label_values, same_size
+from .reading import IMAGE_SUFFIXES, inside, load_image, read_json
+
+__all__ = ["find"]
+
+GROUPS = ("patient", "cluster")
+
+
+def find(source: Path) -> Layout:
+    """Read ``dataset.json``, in the folder given or one below it (the archives unpack to ``Task04_Hippocampus/``).
+
+    Quirks: ``test`` lists images alone, as strings; they stay in ``test``. Without ``validation``, one is drawn by the
+    seed. Files beginning with ``._`` are macOS's and never listed. Keys other than image, label
+    and the group are dropped.
+
+    Args:
+        source: folder of the task.
+
+    Returns:
+        The data set.
+
+    Raises:
+        InputError: where ``dataset.json`` is missing, no such list, or names files outside the folder.
+    """
+    found = [source / "dataset.json", *sorted(source.glob("*/dataset.json"))]
+    files = [path for path in found if path.is_file()]
+    if not files:
+        raise InputError(f"{source}: holds no dataset.json: give the folder of one task.")
+    if len(files) > 1 and files[0].parent != source:
+        raise InputError(f"{source}: holds {len(files)} tasks: give the folder of one.")
+    content = read_json(files[0])
+    if not isinstance(content, dict) or not isinstance(content.get("training"), list):
+        raise InputError(f"{files[0]}: must hold an object with the list 'training'.")
+    labels, modality = content.get("labels"), content.get("modality", content.get("channel_names"))
+    cases = _cases(content, files[0])
+    if not cases:
+        raise InputError(f"{files[0]}: lists no case: add some.")
+    return Layout(
+        f"Decathlon task {str(content.get('name') or files[0].parent.name)[:100]}, {len(cases)} cases",
+        cases,
+        labels if _names(labels) else None,
+        modality if _names(modality) else {"0": "image"},
+    )
+
+
+def _names(table: Any) -> TypeGuard[dict[str, str]]:
+    """Whether this is a table from numbers to names."""
+    return isinstance(table, dict) and all(re.fullmatch(r"\d{1,5}", k) and isinstance(v, str) for k, v in table.items())
+
+
+def _cases(content: Mapping[str, Any], file: Path) -> list[Case]:
+    official = bool(content.get("validation"))
+    entries: list[tuple[str | None, Path, Path | None, str | None]] = []
+    for split in ("training", "validation", "test"):
+        listed = content.get(split) or []
+        if not isinstance(listed, list):
+            raise InputError(f"{file}: {split!r} must be a list of cases, not {type(listed).__name__}.")
+        for entry in listed:
+            drawn = None if split == "training" and not official else split
+            entries.append((drawn, *_entry(entry, file)))
+    names = case_names([str(image) for _, image, _, _ in entries])
+    twice = {name for name in names if names.count(name) > 1} if len(set(names)) < len(names) else set()
+    if twice:
+        raise InputError(f"{file}: lists {sorted(twice)[0]} more than once: list each image once.")
+    return [
+        Case(
+            name,
+            group or name,
+            [image] if label is None else [image, label],
+            partial(_convert, name=name, image=image, label=label),
+            split or (None if label is not None else "unlabelled"),
+        )
+        for name, (split, image, label, group) in zip(names, entries)
+    ]
+
+
+def _entry(entry: Any, file: Path) -> tuple[Path, Path | None, str | None]:
+    entry = {"image": entry} if isinstance(entry, str) else entry
+    if not isinstance(entry, dict) or "image" not in entry:
+        raise InputError(f"{file}: the entry {str(entry)[:100]!r} needs the key 'image'.")
+    image = inside(file.parent, entry["image"])
+    label = inside(file.parent, entry["label"]) if "label" in entry else None
+    group = next((str(entry[key])[:100] for key in GROUPS if key in entry), None)
+    return image, label, group
+
+
+def _suffix(path: Path) -> str:
+    return next(
+        (s for s in sorted(IMAGE_SUFFIXES, key=len, reverse=True) if path.name.lower().endswith(s)), path.suffix
+    )
+
+
+def _convert(files: CaseFiles, name: str, image: Path, label: Path | None) -> list[dict[str, str]]:
+    """Copy a case, after reading it whole."""
+    size = load_image(image).shape[1:]
+    item = {"image": files.copy(image, f"images/{name}{_suffix(image)}")}
+    if label is not None:
+        mask = load_image(label)
+        same_size(label, mask.shape[1:], image, size)
+        check_label_values(mask.numpy(), label)
+        files.note_values(mask.numpy())
+        item["label"] = files.copy(label, f"labels/{name}{_suffix(label)}")
+    return [item]

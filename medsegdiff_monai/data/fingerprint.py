@@ -1,0 +1,191 @@
+"""Fingerprint of a data set, and the config variables that fit it and the machine."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import torch
+from monai.data import MetaTensor
+from monai.data.utils import to_affine_nd
+
+from ..settings import default_device
+from .reading import memory_bytes
+
+__all__ = ["CaseFacts", "fingerprint", "measure", "propose"]
+
+PERCENTILES = (0.5, 50.0, 99.5)
+STRIDE = 8  # of a network of four levels
+CHANNELS = {2: [32, 64, 96, 128], 3: [16, 32, 64, 96]}
+MAX_SIDE = {"cpu": 96, "gpu": 256}  # 2D; 256 is the paper's
+MAX_PATCH = {"cpu": 32 * 48 * 32, "gpu": 96**3}  # voxels, 3D
+SHORT = 32  # voxels
+MAX_BATCH = {2: 8, 3: 4}
+BYTES_PER_FEATURE = 270  # training takes so much for each voxel and channel of the first level (measured, float32)
+SHARE = 0.5  # of the memory that training may take
+
+
+@dataclass(frozen=True)
+class CaseFacts:
+    """What one case looks like; volumes in RAS order, as training sees them.
+
+    Args:
+        name: its image.
+        mask: its label, or "".
+        split: ``training``, ``validation`` or ``test``.
+        dims: spatial axes.
+        channels: channels of the image.
+        size: voxels along each axis.
+        spacing: millimetres along each axis.
+        intensity: percentiles of each channel (channels, 3).
+        voxels: voxels of each label but 0; None without label.
+        digest: hash of the image's content.
+    """
+
+    name: str
+    mask: str
+    split: str
+    dims: int
+    channels: int
+    size: tuple[int, ...]
+    spacing: tuple[float, ...]
+    intensity: np.ndarray
+    voxels: dict[int, int] | None
+    digest: str
+
+
+def measure(image: MetaTensor, label: MetaTensor | None, name: str, mask: str, split: str, digest: str) -> CaseFacts:
+    """Measure a case that has passed the checks."""
+    dims = image.ndim - 1
+    axes = list(range(dims))
+    affine = to_affine_nd(3, image.affine).numpy()
+    spacing = nib.affines.voxel_sizes(affine)
+    if dims == 3:
+        axes = np.argsort(nib.io_orientation(affine)[:, 0]).tolist()
+    voxels = None
+    if label is not None:
+        values, counts = np.unique(label.numpy(), return_counts=True)
+        voxels = {int(v): int(n) for v, n in zip(values, counts) if v}
+    return CaseFacts(
+        name=name,
+        mask=mask,
+        split=split,
+        dims=dims,
+        channels=image.shape[0],
+        size=tuple(int(image.shape[1 + a]) for a in axes),
+        spacing=tuple(float(spacing[a]) for a in axes),
+        intensity=np.percentile(image.numpy().reshape(image.shape[0], -1), PERCENTILES, axis=1).T,
+        voxels=voxels,
+        digest=digest,
+    )
+
+
+def _spread(rows: Sequence[Sequence[float]]) -> dict[str, list[float]]:
+    table = np.array(rows, dtype=np.float64)
+    kinds = {"min": table.min(0), "median": np.median(table, axis=0), "max": table.max(0)}
+    return {kind: [float(f"{value:.6g}") for value in row] for kind, row in kinds.items()}
+
+
+def fingerprint(facts: Sequence[CaseFacts]) -> dict[str, Any]:
+    """Summarise cases of one kind: sizes, spacing, intensities and class volumes.
+
+    Args:
+        facts: cases of the same number of axes and channels, at least one.
+
+    Returns:
+        A JSON object.
+    """
+    labelled = [case for case in facts if case.voxels is not None]
+    classes = {}
+    for value in sorted({value for case in labelled for value in case.voxels or {}}):
+        share = [(case.voxels or {}).get(value, 0) / math.prod(case.size) for case in labelled]
+        classes[str(value)] = {
+            "cases": sum(s > 0 for s in share),
+            "volume_share": _spread([[s] for s in share]),
+            "volume": _spread([[(case.voxels or {}).get(value, 0) * math.prod(case.spacing)] for case in labelled]),
+        }
+    return {
+        "cases": dict(Counter(case.split for case in facts)),
+        "labelled": len(labelled),
+        "spatial_dims": facts[0].dims,
+        "channels": facts[0].channels,
+        "size": _spread([case.size for case in facts]),
+        "spacing": _spread([case.spacing for case in facts]),
+        "intensity": {
+            f"percentile_{p:g}": [float(f"{v:.6g}") for v in np.median([c.intensity[:, i] for c in facts], axis=0)]
+            for i, p in enumerate(PERCENTILES)
+        },
+        "classes": classes,
+    }
+
+
+def _memory(device: torch.device) -> int:
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else memory_bytes()
+
+
+def _round_up(value: float) -> int:
+    return max(STRIDE, math.ceil(value / STRIDE - 1e-6) * STRIDE)
+
+
+def _whole_image(size: Sequence[float], max_side: int) -> list[int]:
+    """The image's proportions, at most ``max_side``."""
+    scale = min(1.0, max_side / max(size))
+    return [min(max_side, _round_up(side * scale)) for side in size]
+
+
+def _patch(size: Sequence[float], max_voxels: int) -> list[int]:
+    """The image's size, shortened in proportion until the patch is small enough; short axes stay whole."""
+    patch = [_round_up(side) for side in size]
+    while math.prod(patch) > max_voxels:
+        axis = max(range(len(patch)), key=lambda i: (patch[i] > SHORT, patch[i] / size[i]))
+        patch[axis] -= STRIDE
+    return patch
+
+
+def propose(found: Mapping[str, Any], regions: Mapping[str, Sequence[int]], folder: Path) -> dict[str, Any]:
+    """Config variables for a data set on this machine.
+
+    2D images are resized whole, volumes cropped to patches at the median spacing. On a CPU, images and patches are
+    smaller than on a GPU, so that a training ends within the day.
+
+    Args:
+        found: the fingerprint.
+        regions: the mask channels.
+        folder: the data set.
+
+    Returns:
+        An overlay of ``train.json``, ``evaluate.json`` and ``inference.json``.
+    """
+    device = default_device()
+    kind = "cpu" if device.type == "cpu" else "gpu"
+    dims, size, spacing = found["spatial_dims"], found["size"]["median"], found["spacing"]["median"]
+    if dims == 2:
+        roi = _whole_image(size, MAX_SIDE[kind])
+        cached = math.prod(roi)
+    else:
+        largest = zip(found["size"]["max"], found["spacing"]["max"], spacing)
+        cached = math.prod(n * mine / target for n, mine, target in largest)
+        roi = _patch(size, MAX_PATCH[kind])
+    budget = SHARE * _memory(device)
+    cases = found["cases"].get("training", 1)
+    batch = int(budget / (BYTES_PER_FEATURE * CHANNELS[dims][0] * math.prod(roi)))
+    cache_bytes = 4 * cached * (found["channels"] + 1) * sum(found["cases"].values())
+    return {
+        "dataset_dir": str(folder.resolve()),
+        "spatial_dims": dims,
+        "in_channels": found["channels"],
+        "num_classes": len(regions),
+        "regions": {name: list(values) for name, values in regions.items()},
+        "spacing": None if dims == 2 else spacing,
+        "fit": "resize" if dims == 2 else "crop",
+        "roi_size": roi,
+        "channels": CHANNELS[dims],
+        "batch_size": max(1, min(MAX_BATCH[dims], batch, cases)),
+        "cache_rate": round(min(1.0, SHARE * memory_bytes() / cache_bytes), 3),
+    }

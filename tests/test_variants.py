@@ -1,0 +1,86 @@
+"""Variants of the paper: they compose with every data set, run forward and take a training step.
+
+Parameters and activations are on the ``meta`` device: shapes are real, memory is not needed.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+import torch
+from monai.bundle import ConfigParser
+from monai.transforms import Compose
+
+from medsegdiff_monai.losses import DiffusionSegmentationLoss
+from medsegdiff_monai.networks import DynamicConditioning, FFParser
+
+from .conftest import CONFIGS, ROOT
+
+DATASETS = {2: ("generic_2d", "lgg_mri", "mni152"), 3: ("hippocampus",)}
+VARIANTS = {
+    2: ("medsegdiff_s", "medsegdiff_b", "medsegdiff_l", "medsegdiff_plusplus"),
+    3: ("medsegdiff_s_3d", "medsegdiff_b_3d"),
+}
+PAIRS = [(d, v) for dims in (2, 3) for d, v in product(DATASETS[dims], VARIANTS[dims])]
+
+
+def compose(*overlays: str) -> ConfigParser:
+    """train.json under the named overlays, in their order."""
+    found = [next(CONFIGS.rglob(f"{name}.json")) for name in overlays]
+    parser = ConfigParser()
+    parser.read_config([str(file) for file in [CONFIGS / "train.json", *found]])
+    parser["bundle_root"] = str(ROOT / "bundle")
+    return parser
+
+
+def count(network: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+@pytest.mark.parametrize("paper", [False, True], ids=["default", "paper"])
+@pytest.mark.parametrize("dataset, variant", PAIRS)
+def test_every_pair_takes_a_training_step(dataset, variant, paper):
+    parser = compose(dataset, variant, *(["paper"] if paper else []))
+    size = parser["roi_size"]
+    assert size == {2: [256, 256]}.get(len(size), size)
+    with torch.device("meta"):
+        network = parser.get_parsed_content("network_def")
+        image = torch.empty(1, parser["in_channels"], *size)
+        mask = torch.empty(1, parser["num_classes"], *size)
+        optimizer = torch.optim.AdamW(network.parameters(), lr=parser["learning_rate"])
+        out = network(mask, torch.zeros(1), image)
+        assert out.shape == mask.shape
+        DiffusionSegmentationLoss(parser["prediction_type"])(out, mask).backward()
+    assert all(p.grad is not None and p.grad.shape == p.shape for p in network.parameters())
+    optimizer.step()
+    assert parser["learning_rate"] == 1e-4
+    assert isinstance(parser.get_parsed_content("train#preprocessing"), Compose)
+    assert parser.get_parsed_content("loss").prediction_type == ("epsilon" if paper else "sample")
+
+
+def test_the_paper_overlay_sets_the_papers_sampling():
+    parser = ConfigParser()
+    parser.read_config([str(CONFIGS / "inference.json"), str(CONFIGS / "variants" / "paper.json")])
+    parser["bundle_root"] = ""
+    inferer = parser.get_parsed_content("inferer")
+    assert (inferer.num_steps, inferer.num_members) == (100, 25)
+    assert parser.get_parsed_content("postprocessing").transforms[-1].fusion == "staple"
+
+
+@pytest.mark.parametrize("variant, downsamplings", [("s", 4), ("b", 5), ("l", 6), ("plusplus", 6)])
+def test_downsamplings_are_the_papers(variant, downsamplings):
+    assert len(compose(f"medsegdiff_{variant}")["channels"]) - 1 == downsamplings
+
+
+def test_each_ablation_is_one_variable_and_takes_its_parameters_along():
+    networks = [
+        compose("generic_2d", f"ablation_{name}").get_parsed_content("network_def")
+        for name in ("plain", "dynamic_conditioning", "ff_parser")
+    ]
+    kinds = [{type(m) for m in network.modules()} & {FFParser, DynamicConditioning} for network in networks]
+    assert kinds == [set(), {DynamicConditioning}, {DynamicConditioning, FFParser}]
+    sizes = [count(network) for network in networks]
+    assert sizes == sorted(set(sizes))
+    for name in ("plain", "dynamic_conditioning", "ff_parser"):
+        assert len(ConfigParser.load_config_file(CONFIGS / "variants" / f"ablation_{name}.json")) == 1
