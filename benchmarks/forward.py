@@ -14,8 +14,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
+from monai.bundle import ConfigParser
 from monai.networks.nets import DiffusionModelUNet
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -24,61 +26,45 @@ from torch.utils.flop_counter import FlopCounterMode
 from medsegdiff_monai.networks import MedSegDiffUNet
 
 THREADS = 2
-HEAD_CHANNELS = 64
-# spatial size, channels, residual blocks per level; attention at the last two levels, one class
-VARIANTS: dict[str, tuple[list[int], list[int], int]] = {
-    "S": ([256, 256], [128, 128, 256, 256, 512], 2),
-    "B": ([256, 256], [128, 128, 256, 256, 512, 512], 2),
-    "L": ([256, 256], [128, 128, 256, 256, 512, 512, 512], 2),
-    "++": (
-        [256, 256],
-        [192, 192, 384, 384, 768, 768, 768],
-        3,
-    ),  # the paper names no widths: a half more of L's, and depth
-    "S, 3D": ([96, 96, 96], [32, 32, 64, 64, 128], 2),
-    "B, 3D": ([96, 96, 96], [32, 32, 64, 64, 128, 128], 2),
-}
+CONFIGS = Path(__file__).parent.parent / "bundle" / "configs"
+VARIANTS = {"S": "s", "B": "b", "L": "l", "++": "plusplus", "S, 3D": "s_3d", "B, 3D": "b_3d"}
 FORWARD, TRAINING = ("MONAI", "full", "encoded once"), ("MONAI, training", "full, training")
 LIMITS = {"full": ("MONAI", 1.3), "encoded once": ("MONAI", 1.0), "full, training": ("MONAI, training", 1.4)}
 
 
+def variant_config(variant: str) -> ConfigParser:
+    """Return the training config under a variant's overlay, for one class and an RGB image in 2D, one channel in 3D."""
+    parser = ConfigParser()
+    parser.read_config([str(CONFIGS / "train.json"), str(CONFIGS / f"variants/medsegdiff_{VARIANTS[variant]}.json")])
+    dims = len(parser["roi_size"])
+    parser.update({"bundle_root": "", "spatial_dims": dims, "in_channels": 3 if dims == 2 else 1, "num_classes": 1})
+    return parser
+
+
 def build(variant: str, device: str) -> tuple[MedSegDiffUNet, list[Tensor]]:
-    """Return the network of a variant and its arguments: noisy mask, timestep, image (RGB in 2D)."""
-    size, channels, blocks = VARIANTS[variant]
-    in_channels = 3 if len(size) == 2 else 1
+    """Return the network of a variant and its arguments: noisy mask, timestep, image."""
+    parser = variant_config(variant)
+    size, in_channels = parser["roi_size"], parser["in_channels"]
     with torch.device(device):
-        net = MedSegDiffUNet(
-            len(size),
-            in_channels,
-            1,
-            channels=channels,
-            num_res_blocks=blocks,
-            attention_levels=_last_two(channels),
-            ff_size=size,
-            num_head_channels=HEAD_CHANNELS,
-        )
+        net = parser.get_parsed_content("network_def")
         arguments = [torch.randn(1, 1, *size), torch.tensor([500]), torch.randn(1, in_channels, *size)]
     return net.eval(), arguments
 
 
 def build_monai(device: str) -> nn.Module:
     """Return MONAI's diffusion U-Net of B's channels, blocks and attention; mask and RGB image are its input."""
-    _, channels, blocks = VARIANTS["B"]
+    parser = variant_config("B")
     with torch.device(device):
         return DiffusionModelUNet(
             spatial_dims=2,
             in_channels=4,
             out_channels=1,
-            num_res_blocks=blocks,
-            channels=channels,
-            attention_levels=_last_two(channels),
+            num_res_blocks=parser["num_res_blocks"],
+            channels=parser["channels"],
+            attention_levels=parser["attention_levels"],
             norm_num_groups=32,
-            num_head_channels=HEAD_CHANNELS,
+            num_head_channels=parser["num_head_channels"],
         ).eval()
-
-
-def _last_two(channels: list[int]) -> list[bool]:
-    return [i >= len(channels) - 2 for i in range(len(channels))]
 
 
 def build_pass(name: str, device: str = "cpu") -> Callable[[], Tensor]:
@@ -157,29 +143,36 @@ def print_comparison(rounds: int) -> None:
     print_table(["B, batch 1, 256×256", "seconds", "ratio", "limit", "GMAC", "peak memory, GB"], rows)
 
 
+def saved_gib(net: nn.Module, arguments: list[Tensor]) -> float:
+    """Return the size in GiB of what a forward pass keeps for the backward pass, parameters left out, in float32."""
+    kept: dict[int, Tensor] = {id(p): p for p in net.parameters()}
+    sizes: list[int] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        if id(tensor) not in kept:
+            kept[id(tensor)] = tensor  # it stays alive, so that its id is its own
+            sizes.append(tensor.numel() * tensor.element_size())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        net(*arguments)
+    return sum(sizes) / 2**30
+
+
 def print_variants() -> None:
-    """Print parameters, GMAC and what encoding the image once saves, for each variant."""
+    """Print parameters, GMAC, what encoding the image once saves, and memory for training, for each variant."""
     rows = []
-    for name, (size, channels, blocks) in VARIANTS.items():
+    for name in VARIANTS:
+        parser = variant_config(name)
         net, (x, timesteps, image) = build(name, "meta")
         full, once = gmac(net, x, timesteps, image), gmac(net.encode_context, image)
-        shape = "×".join(map(str, size))
-        widths = ", ".join(map(str, channels))
-        rows.append(
-            [
-                name,
-                shape,
-                widths,
-                str(blocks),
-                f"{parameters(net):.1f}",
-                f"{full:.1f}",
-                f"{full - once:.1f}",
-                f"{once / full:.0%}",
-            ]
-        )
-    ours, monai = parameters(build("B", "meta")[0]), parameters(build_monai("meta"))
-    head = ["variant", "input", "channels", "blocks", "parameters, M", "GMAC", "encoded once", "saved"]
+        shape = "×".join(map(str, parser["roi_size"]))
+        row = [name, shape, ", ".join(map(str, parser["channels"])), str(parser["num_res_blocks"])]
+        row += [f"{parameters(net):.1f}", f"{full:.1f}", f"{full - once:.1f}", f"{once / full:.0%}"]
+        rows.append([*row, f"{saved_gib(net, [x, timesteps, image]):.2f}"])
+    head = ["variant", "input", "channels", "blocks", "parameters, M", "GMAC", "encoded once", "saved", "kept, GiB"]
     print_table(head, rows)
+    ours, monai = parameters(build("B", "meta")[0]), parameters(build_monai("meta"))
     print(f"Parameters of B: {ours:.1f} M; of MONAI's network: {monai:.1f} M.")
 
 
