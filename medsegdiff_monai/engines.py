@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,8 +11,10 @@ from monai.engines.utils import DiffusionPrepareBatch
 from monai.networks.schedulers import Scheduler
 from monai.utils import convert_to_tensor
 from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
-__all__ = ["SegmentationDiffusionPrepareBatch"]
+__all__ = ["SegmentationDiffusionPrepareBatch", "cosine_decay"]
 
 
 class SegmentationDiffusionPrepareBatch(DiffusionPrepareBatch):
@@ -65,3 +68,16 @@ class SegmentationDiffusionPrepareBatch(DiffusionPrepareBatch):
         timesteps = self.get_timesteps(mask)
         target = self.get_target(mask, noise, timesteps)
         return mask, target, (), {"noise": noise, "timesteps": timesteps, "condition": image}
+
+
+def cosine_decay(optimizer: Optimizer, max_epochs: int) -> LambdaLR:
+    """Return a schedule that lets the learning rate fall to zero by a half cosine, stepped after each epoch.
+
+    It depends on the epoch alone (``CosineAnnealingLR`` depends on its past too, and on ``T_max`` of the run that is
+    resumed).
+
+    Args:
+        optimizer: optimiser whose learning rate is set.
+        max_epochs: epochs of the whole training.
+    """
+    return LambdaLR(optimizer, lambda epoch: 0.5 * (1 + math.cos(math.pi * min(epoch / max_epochs, 1.0))))

@@ -20,6 +20,9 @@ __all__ = [
 ]
 
 
+MAX_ITERATIONS = 500  # masks that have something in common take about ten
+
+
 def _disagreement_box(votes: np.ndarray) -> tuple[slice, ...] | None:
     """Bounding box of the voxels on which the members disagree; None where they agree everywhere."""
     split = np.argwhere(votes.any(0) & ~votes.all(0))
@@ -47,12 +50,14 @@ def staple(votes: np.ndarray) -> np.ndarray:
     image_type = itk.Image[itk.F, votes.ndim - 1]
     stapler = itk.STAPLEImageFilter[image_type, image_type].New()
     stapler.SetForegroundValue(1.0)
+    stapler.SetMaximumIterations(MAX_ITERATIONS)
     cropped = votes[(slice(None), *box)]
     for i, vote in enumerate(cropped):
         stapler.SetInput(i, itk.image_from_array(np.ascontiguousarray(vote, dtype=np.float32)))
     stapler.Update()
-    estimate = np.asarray(itk.array_from_image(stapler.GetOutput()))
     split = cropped.any(0) & ~cropped.all(0)
+    # ITK takes an array one voxel wide for one in the other memory order, and swaps its axes
+    estimate = np.asarray(itk.array_from_image(stapler.GetOutput())).reshape(split.shape)
     probability[box][split] = estimate[split]
     return probability
 

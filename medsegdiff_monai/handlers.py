@@ -6,17 +6,16 @@ import csv
 import io
 import logging
 import os
-import pickle
 import re
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from ignite.engine import Engine, Events
-from ignite.handlers import Checkpoint, DiskSaver
+from ignite.handlers import DiskSaver
 from ignite.handlers.ema_handler import EMAHandler
+from monai.engines import IterationEvents
 from monai.handlers import CheckpointLoader, from_engine
 from torch import nn
 from tqdm import tqdm
@@ -27,6 +26,7 @@ from .settings import as_bool
 __all__ = [
     "BestModelSaver",
     "ModelEMA",
+    "StopOnBadLoss",
     "TrainingCheckpoint",
     "TrainingHistory",
     "TrainingProgress",
@@ -50,26 +50,28 @@ def write_atomically(path: str | Path, content: bytes) -> None:
 class ModelEMA(EMAHandler):
     """Ignite's ``EMAHandler`` for an averaged network that the config has made, set to the network when a run starts.
 
-    Ignite copies the weights when the handler is built, which is before a checkpoint is loaded.
+    Ignite copies the weights when the handler is built, which is before a checkpoint is loaded. The momentum falls as
+    9 / (10 + iteration) to its final value (as in TensorFlow's ``ExponentialMovingAverage``), so that short runs are
+    not held back by their first weights; it depends on the iteration alone, so that a resumed run goes on.
 
     Args:
         model: network in training.
         ema_model: network of the same architecture that receives the averaged weights.
         momentum: weight of the current weights in each update.
-        warmup_iters: the momentum falls from 0.2 to ``momentum`` in so many iterations, so that short runs are not
-            held back by their first weights.
     """
 
-    def __init__(
-        self, model: nn.Module, ema_model: nn.Module, momentum: float = 0.005, warmup_iters: int = 500
-    ) -> None:
-        super().__init__(model, momentum=momentum, momentum_warmup=0.2, warmup_iters=warmup_iters)
+    def __init__(self, model: nn.Module, ema_model: nn.Module, momentum: float = 0.005) -> None:
+        super().__init__(model, momentum=momentum)
         self.ema_model = ema_model.requires_grad_(False).eval()
 
     def attach(self, engine: Engine) -> None:  # type: ignore[override]
         """Attach to a trainer."""
         engine.add_event_handler(Events.STARTED, lambda: self.ema_model.load_state_dict(self.model.state_dict()))
         super().attach(engine, warn_if_exists=False)
+
+    def _update_ema_model(self, engine: Engine, name: str) -> None:
+        setattr(engine.state, name, max(self.momentum, 9 / (10 + engine.state.iteration)))
+        super()._update_ema_model(engine, name)
 
 
 def _load_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -82,18 +84,35 @@ def _load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise InputError(f"{path}: no such checkpoint: train first, or set --checkpoint FILE.")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError, OSError, ValueError) as error:
+    except Exception as error:  # torch.load raises whatever it likes; the file is what matters
         raise InputError(f"{path}: is truncated or no checkpoint of weights: replace the file.") from error
     if not isinstance(content, Mapping):
         raise InputError(f"{path}: holds no weights but a {type(content).__name__}: replace the file.")
     return dict(content)
 
 
+def _load_weights(path: str | Path, model: nn.Module, weights: Any) -> None:
+    """Load weights into a network.
+
+    Raises:
+        InputError: where they are of another architecture.
+    """
+    if not isinstance(weights, Mapping):
+        raise InputError(f"{path}: holds no weights but a {type(weights).__name__}: replace the file.")
+    difference = _mismatch(model, weights)
+    if difference is not None:
+        raise InputError(
+            f"{path}: weights of another architecture ({difference}): set channels, num_classes and the like, or the "
+            "overlays, as in training."
+        )
+    model.load_state_dict(weights)
+
+
 def _mismatch(model: nn.Module, weights: Mapping[str, Any]) -> str | None:
     """The first difference between a network and weights for it, in words."""
     own = model.state_dict()
     for name in own:
-        if name not in weights:
+        if not isinstance(weights.get(name), torch.Tensor):
             return f"it lacks {name}"
         if own[name].shape != weights[name].shape:
             return f"{name} is {list(weights[name].shape)} there, {list(own[name].shape)} in the network"
@@ -120,14 +139,7 @@ class WeightsLoader(CheckpointLoader):
             InputError: for a missing or truncated file, or weights of another architecture.
         """
         content = _load_checkpoint(self.load_path)
-        weights = content.get("model", content)
-        difference = _mismatch(self.model, weights)
-        if difference is not None:
-            raise InputError(
-                f"{self.load_path}: weights of another architecture ({difference}): set channels, num_classes and the "
-                "like, or the overlays, as in training."
-            )
-        self.model.load_state_dict(weights)
+        _load_weights(self.load_path, self.model, content.get("model", content))
         logger.info(f"Restored all variables from {self.load_path}")
 
 
@@ -157,52 +169,106 @@ class BestModelSaver:
             saver(self.model.state_dict(), self.path.name)
 
 
+class _BestMetric:
+    """The best score of a validator, as something that a checkpoint can hold."""
+
+    def __init__(self, validator: Engine) -> None:
+        self.state: Any = validator.state
+
+    def state_dict(self) -> dict[str, float]:
+        return {"best_metric": float(self.state.best_metric), "best_metric_epoch": self.state.best_metric_epoch}
+
+    def load_state_dict(self, values: Mapping[str, float]) -> None:
+        self.state.best_metric = values["best_metric"]
+        self.state.best_metric_epoch = values["best_metric_epoch"]
+
+
 class TrainingCheckpoint:
     """Keep the last checkpoints of a run, one after each epoch, and resume from the newest.
 
+    Attach it to the trainer, after the handlers for averaged weights, learning rate and validation: it saves what they
+    have done in an epoch. A run that starts anew removes the checkpoints of an earlier one as soon as it has its own.
+
     Args:
         objects: what to save, by name: networks, optimiser, learning-rate schedule. The trainer is added.
+        validator: validator whose best score is kept, too.
         ckpt_dir: folder of ``checkpoint_epoch=N.pt``.
         resume: whether to continue from the newest checkpoint there; without one, training starts anew.
         n_saved: how many to keep.
     """
 
-    def __init__(self, objects: dict[str, Any], ckpt_dir: str, resume: bool | str = False, n_saved: int = 2) -> None:
-        self.objects = objects
+    def __init__(
+        self,
+        objects: dict[str, Any],
+        validator: Engine,
+        ckpt_dir: str,
+        resume: bool | str = False,
+        n_saved: int = 2,
+    ) -> None:
+        self.objects = {**objects, "best": _BestMetric(validator)}
         self.ckpt_dir = Path(ckpt_dir)
         self.resume = as_bool(resume)
         self.n_saved = n_saved
 
     def attach(self, engine: Engine) -> None:
         """Attach to a trainer."""
-        checkpoint = Checkpoint(
-            {**self.objects, "trainer": engine},
-            DiskSaver(str(self.ckpt_dir), atomic=True, create_dir=True, require_empty=False),
-            filename_prefix="checkpoint",
-            filename_pattern="{filename_prefix}_epoch={global_step}.{ext}",
-            n_saved=self.n_saved,
-            global_step_transform=lambda trainer, _: trainer.state.epoch,
-        )
         if self.resume:
             engine.add_event_handler(Events.STARTED, self._load)
-        engine.add_event_handler(Events.EPOCH_COMPLETED, checkpoint)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self._save)
+
+    def _files(self) -> dict[int, Path]:
+        """Checkpoints by their epoch."""
+        found = ((re.fullmatch(r"checkpoint_epoch=(\d+)\.pt", p.name), p) for p in self.ckpt_dir.glob("*.pt"))
+        return {int(match[1]): path for match, path in found if match}
+
+    def _save(self, engine: Engine) -> None:
+        objects = {**self.objects, "trainer": engine}
+        saver = DiskSaver(str(self.ckpt_dir), atomic=True, create_dir=True, require_empty=False)
+        content = {name: item.state_dict() for name, item in objects.items()}
+        saver(content, f"checkpoint_epoch={engine.state.epoch}.pt")
+        for epoch, path in self._files().items():
+            if not engine.state.epoch - self.n_saved < epoch <= engine.state.epoch:
+                path.unlink()
 
     def _load(self, engine: Engine) -> None:
-        def epoch(path: Path) -> int:
-            found = re.fullmatch(r"checkpoint_epoch=(\d+)\.pt", path.name)
-            return int(found.group(1)) if found else -1
-
-        newest = max(self.ckpt_dir.glob("checkpoint_epoch=*.pt"), key=epoch, default=None)
-        if newest is None:
+        files = self._files()
+        if not files:
             logger.info(f"No checkpoint in {self.ckpt_dir}: training starts anew.")
             return
-        content = _load_checkpoint(newest)
-        max_epochs = engine.state.max_epochs or 0
-        if epoch(newest) >= max_epochs:
-            raise InputError(f"{newest}: max_epochs={max_epochs} are done: set --max_epochs higher to train on.")
-        Checkpoint.load_objects({**self.objects, "trainer": engine}, content)
-        engine.state.max_epochs = max_epochs
-        logger.info(f"Resumed from {newest}")
+        newest = max(files)
+        content = _load_checkpoint(files[newest])
+        length, max_epochs = engine.state.epoch_length, engine.state.max_epochs or 0
+        if newest >= max_epochs:
+            raise InputError(f"{files[newest]}: max_epochs={max_epochs} are done: set --max_epochs higher to train on.")
+        for name, item in self.objects.items():
+            if isinstance(item, nn.Module):
+                _load_weights(files[newest], item, content.get(name))
+            else:
+                item.load_state_dict(content[name])
+        engine.load_state_dict({**content["trainer"], "epoch_length": length, "max_epochs": max_epochs})
+        logger.info(f"Resumed from {files[newest]}")
+
+
+class StopOnBadLoss:
+    """Stop a training before a loss that is not finite reaches the weights, and name the cases of the batch."""
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to a trainer."""
+        engine.add_event_handler(IterationEvents.LOSS_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Check the loss.
+
+        Raises:
+            InputError: where it is not finite.
+        """
+        state: Any = engine.state
+        if not torch.isfinite(state.output["loss"]).all():
+            cases = ", ".join(map(str, state.batch.get("case", ["unknown"])))
+            raise InputError(
+                f"the loss is {float(state.output['loss'])} at iteration {state.iteration}, on the cases {cases}: set "
+                "--learning_rate lower, or --amp false; the last good checkpoint is kept."
+            )
 
 
 class TrainingProgress:
@@ -231,6 +297,7 @@ class TrainingProgress:
     def _close(self, engine: Engine, *error: Exception) -> None:
         if self._bar is not None:
             self._bar.close()
+            self._bar = None
         if error:
             raise error[0]
 

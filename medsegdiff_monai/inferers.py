@@ -13,7 +13,6 @@ from monai.networks.schedulers import Scheduler
 from torch import Tensor
 
 from .errors import InputError
-from .schedulers import DiffusionScheduler
 from .settings import as_bool
 
 __all__ = ["DiffusionEnsembleInferer", "DiffusionTrainingInferer"]
@@ -59,6 +58,7 @@ class DiffusionEnsembleInferer(Inferer):
         seed: seed of the noise.
         overlap: share by which windows overlap.
         sw_batch_size: windows that are segmented at a time.
+        member_batch_size: members that are drawn at a time; by default all. Fewer take less memory.
         amp: whether to use bfloat16 autocast.
 
     Raises:
@@ -67,7 +67,7 @@ class DiffusionEnsembleInferer(Inferer):
 
     def __init__(
         self,
-        scheduler: DiffusionScheduler,
+        scheduler: Scheduler,
         num_classes: int,
         roi_size: Sequence[int],
         num_members: int = 5,
@@ -75,21 +75,23 @@ class DiffusionEnsembleInferer(Inferer):
         seed: int = 0,
         overlap: float = 0.5,
         sw_batch_size: int = 1,
+        member_batch_size: int | None = None,
         amp: bool | str = False,
     ) -> None:
         super().__init__()
         if num_members < 1 or num_steps < 1:
             raise InputError(f"num_members={num_members} and num_steps={num_steps} must be at least 1.")
-        if scheduler.is_stochastic:
+        if getattr(scheduler, "is_stochastic", False):
             raise InputError(
                 f"{type(scheduler).__name__} draws noise at every step; an ensemble needs a sampler whose only noise "
                 "is the first: DDIMScheduler with eta=0, or DPMSolverPlusPlusScheduler."
             )
-        self.scheduler = scheduler
+        self.scheduler: Any = scheduler
         self.num_classes = num_classes
         self.roi_size = tuple(roi_size)
         self.num_members = num_members
         self.num_steps = num_steps
+        self.member_batch_size = member_batch_size or num_members
         self.seed = seed
         self.amp = as_bool(amp)
         self.window = SlidingWindowInferer(self.roi_size, sw_batch_size, overlap, mode="gaussian")
@@ -116,17 +118,21 @@ class DiffusionEnsembleInferer(Inferer):
             Probabilities (batch, members * classes, *roi).
         """
         encode = getattr(network, "encode_context", None)
-        members = noise.shape[1] // self.num_classes
-        if encode is None:  # any network that takes the image itself
-            context = image.repeat_interleave(members, dim=0)
-        else:
-            context = encode(image)
-        x = noise.reshape(-1, self.num_classes, *noise.shape[2:])
+        context = image if encode is None else encode(image)
+        members = noise.unflatten(1, (-1, self.num_classes)).split(self.member_batch_size, dim=1)
+        return torch.cat([self._denoise(x, context, network) for x in members], dim=1).flatten(1, 2)
+
+    def _denoise(self, x: Tensor, context: Tensor | list[Tensor], network: Callable) -> Tensor:
+        """Take noise (batch, members, classes, *roi) to probabilities of the same shape."""
+        shape = x.shape
+        x = x.flatten(0, 1)
+        if isinstance(context, Tensor):  # a network that takes the image itself
+            context = context.repeat_interleave(shape[1], dim=0)
         self.scheduler.set_timesteps(self.num_steps)
         for t in self.scheduler.timesteps:
             out = network(x, torch.as_tensor(t, device=x.device).reshape(1), context)
             x, _ = self.scheduler.step(out.to(x.dtype), t, x)
-        return ((x + 1) / 2).clamp(0, 1).reshape(noise.shape)
+        return ((x + 1) / 2).clamp(0, 1).reshape(shape)
 
     def __call__(self, inputs: Tensor, network: Callable, *args: Any, **kwargs: Any) -> Tensor:
         """Segment images of any size.
@@ -146,9 +152,7 @@ class DiffusionEnsembleInferer(Inferer):
         field = [max(s, r) for s, r in zip(size, self.roi_size)]
         before = [(f - s) // 2 for f, s in zip(field, size)]
         pad = [n for f, s, b in zip(field, size, before) for n in (b, f - s - b)]
-        # the smallest value of each channel is its background
-        floor = image.amin(dim=tuple(range(2, image.ndim)), keepdim=True)
-        image = F.pad(image - floor, [n for i in range(len(pad) - 2, -1, -2) for n in pad[i : i + 2]]) + floor
+        image = F.pad(image, [n for i in range(len(pad) - 2, -1, -2) for n in pad[i : i + 2]])  # by 0, as in training
         noise = self.noise(field).to(image)[None].expand(image.shape[0], *[-1] * (image.ndim - 1))
         channels = image.shape[1]
         with torch.autocast(image.device.type, dtype=torch.bfloat16, enabled=self.amp):

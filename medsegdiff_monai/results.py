@@ -69,7 +69,7 @@ def _png_bytes(label: np.ndarray) -> bytes:
 
 
 def _slice(volume: np.ndarray, spatial_dims: int, index: int) -> np.ndarray:
-    """The plane to show: the image itself in 2D, an axial one in 3D; channels last."""
+    """The plane to show: the image itself in 2D, one along the third axis in 3D; channels last."""
     plane = volume if spatial_dims == 2 else volume[..., index]
     return np.moveaxis(plane, 0, -1)
 
@@ -92,7 +92,7 @@ def overlay_bytes(
 ) -> bytes:
     """Return a PNG with image, ground truth (if any), prediction and uncertainty side by side.
 
-    In 3D the axial slice with the largest structure is shown.
+    In 3D the slice along the third axis with the largest structure is shown.
 
     Args:
         image: (channels, *spatial).
@@ -155,11 +155,19 @@ class CaseWriter:
         output_dir: folder to write to.
         num_classes: number of foreground classes.
         regions: see :class:`medsegdiff_monai.transforms.Regions`.
+        merge: whether the rows of cases that an earlier run has written are kept.
     """
 
-    def __init__(self, output_dir: str, num_classes: int, regions: Mapping[str, Sequence[int]] | None = None) -> None:
+    def __init__(
+        self,
+        output_dir: str,
+        num_classes: int,
+        regions: Mapping[str, Sequence[int]] | None = None,
+        merge: bool = False,
+    ) -> None:
         self.output_dir = Path(output_dir)
         self.regions = Regions(num_classes, regions)
+        self.merge = merge
         self.rows: dict[str, dict[str, Any]] = {}
         self._read = LoadImage(image_only=True)
         self._channel_first = EnsureChannelFirst()
@@ -176,7 +184,7 @@ class CaseWriter:
     def _resume(self, engine: Engine) -> None:
         """Keep the rows of cases that an earlier run has finished."""
         table = self.output_dir / "cases.csv"
-        if table.is_file():
+        if self.merge and table.is_file():
             with table.open(newline="", encoding="utf-8") as file:
                 self.rows = {row["case"]: row for row in csv.DictReader(file)}
 
@@ -202,7 +210,7 @@ class CaseWriter:
         image: Any = self._channel_first(self._read(source))  # in its own grid, as the results are
         affine = np.asarray(to_affine_nd(3, image.affine), dtype=np.float64)  # ITK's is 3 x 3 in 2D
         label = output["label"] if isinstance(output.get("label"), Tensor) else None
-        row = {"case": case, **self._sizes(output["mask"], affine), "seconds": round(seconds, 3)}
+        row = {"case": case, "source": source, **self._sizes(output["mask"], affine), "seconds": round(seconds, 3)}
         for name in ("uncertainty_entropy", "uncertainty_mi"):
             row[f"mean_{name}"] = round(float(output[name].mean()), 6)
         if label is not None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from .errors import InputError
 
-__all__ = ["as_bool", "default_device", "find_bundle_root"]
+__all__ = ["as_bool", "default_device", "field_size", "find_bundle_root"]
 
 
 def as_bool(value: bool | str) -> bool:
@@ -29,6 +30,26 @@ def default_device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def field_size(roi_size: Sequence[int], spatial_dims: int, levels: int, fit: str) -> list[int]:
+    """Return the size of the field that the network sees: ``roi_size``, rounded up to multiples of its stride.
+
+    Args:
+        roi_size: one size for each axis.
+        spatial_dims: number of axes.
+        levels: number of levels of the network.
+        fit: ``crop`` or ``resize``.
+
+    Raises:
+        InputError: for another ``fit``, or a ``roi_size`` of another length or below 1.
+    """
+    if fit not in ("crop", "resize"):
+        raise InputError(f"fit={fit!r} must be crop (patches and windows) or resize (the whole image).")
+    if len(roi_size) != spatial_dims or min(roi_size) < 1:
+        raise InputError(f"roi_size={list(roi_size)} must be {spatial_dims} positive sizes, as spatial_dims says.")
+    stride = 2 ** (levels - 1)
+    return [-(-size // stride) * stride for size in roi_size]
 
 
 def find_bundle_root() -> str:

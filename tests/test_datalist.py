@@ -47,8 +47,19 @@ def test_empty_lists_that_are_not_in_use_are_no_error_and_others_are(tmp_path):
     write_json(tmp_path, training=[{"image": "image_0.png", "label": "label_0.png"}], validation=[], test=[])
     with pytest.raises(InputError, match="'training' lists 1 cases"):
         training_splits(str(tmp_path), RGB)
+    write_json(tmp_path, training=[], validation=[], test=[])
     with pytest.raises(InputError, match="no cases under validation or test"):
         evaluation_items(str(tmp_path), RGB)
+
+
+def test_without_labelled_validation_or_test_the_cases_held_out_in_training_are_evaluated(tmp_path):
+    make_png_dataset(tmp_path, cases=11)
+    pairs = [{"image": f"image_{i}.png", "label": f"label_{i}.png"} for i in range(10)]
+    write_json(tmp_path, training=pairs, test=["image_10.png"])
+    for seed in (0, 1):
+        assert (
+            evaluation_items(str(tmp_path), RGB, seed=seed) == training_splits(str(tmp_path), RGB, seed)["validation"]
+        )
 
 
 def test_test_images_may_be_plain_names_without_labels(tmp_path):
@@ -56,7 +67,7 @@ def test_test_images_may_be_plain_names_without_labels(tmp_path):
     write_json(tmp_path, test=["image_0.png"])
     assert inference_items(str(tmp_path), RGB, "out", "none.pt")[0]["case"] == "image_0"
     with pytest.raises(InputError, match="has no label"):
-        evaluation_items(str(tmp_path), RGB)
+        evaluation_items(str(tmp_path), RGB, "test")
 
 
 def test_names_of_cases():
@@ -64,6 +75,7 @@ def test_names_of_cases():
     assert case_names(["/d/a/x.png", "/d/b/x.nii", "/d/b/y.nii"]) == ["a_x", "b_x", "y"]
     assert case_names(["/p/a/x.png", "/q/a/x.png"]) == ["p_a_x", "q_a_x"]
     assert case_names([["/d/t1.nii", "/d/t2.nii"]]) == ["t1"]
+    assert case_names(["/d/scan.nii.gz", "/d/scan.nrrd", "/d/scan"]) == ["scan_nii_gz", "scan_nrrd", "scan"]
 
 
 def test_several_files_are_stacked_as_channels(tmp_path):

@@ -49,6 +49,17 @@ def test_staple_agrees_with_an_independent_em(shape, members):
     np.testing.assert_allclose(staple(votes)[split], expected[split], atol=1e-4)
 
 
+@pytest.mark.parametrize("box", [(2, 1), (1, 2), (3, 1, 1), (1, 3, 1), (1, 1, 3), (1, 1)])
+def test_staple_where_members_differ_along_a_line(box):
+    """ITK takes arrays one voxel wide for transposed ones."""
+    votes = np.zeros((3, *[8] * len(box)), bool)
+    votes[:, 4:7] = True
+    votes[(0, *(slice(1, 1 + n) for n in box))] = True
+    votes[(1, *(slice(1, 1 + n) for n in box))] = True
+    result = staple(votes)
+    assert (result > 0.5).sum() == votes[2].sum() + np.prod(box) and np.isfinite(result).all()
+
+
 def test_staple_of_a_class_that_is_absent_fills_everything_or_is_unanimous():
     assert (staple(np.zeros((5, 8, 8), bool)) == 0).all()
     assert (staple(np.ones((5, 8, 8, 4), bool)) == 1).all()

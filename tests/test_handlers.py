@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import nibabel as nib
@@ -9,20 +10,22 @@ import numpy as np
 import pytest
 import torch
 from ignite.engine import Engine, Events
+from monai.engines import IterationEvents
 
+from medsegdiff_monai.engines import cosine_decay
 from medsegdiff_monai.errors import InputError
-from medsegdiff_monai.handlers import BestModelSaver, ModelEMA, TrainingCheckpoint
+from medsegdiff_monai.handlers import BestModelSaver, ModelEMA, StopOnBadLoss, TrainingCheckpoint
 from medsegdiff_monai.settings import as_bool
 
 
 def test_average_starts_from_weights_loaded_after_it_was_built():
     network, average = torch.nn.Linear(1, 1, bias=False), torch.nn.Linear(1, 1, bias=False)
     engine = Engine(lambda e, b: network.weight.data.add_(1.0))
-    ModelEMA(network, average, momentum=0.1, warmup_iters=1).attach(engine)
+    ModelEMA(network, average, momentum=0.1).attach(engine)
     network.weight.data.fill_(100.0)  # a checkpoint, loaded at last
-    engine.run([0] * 50)
+    engine.run([0] * 300)
     # the average of a ramp lags behind by (1 - momentum) / momentum steps
-    assert average.weight.item() == pytest.approx(150 - 9, abs=0.5)
+    assert average.weight.item() == pytest.approx(400 - 9, abs=0.5)
     assert not average.weight.requires_grad
 
 
@@ -30,10 +33,6 @@ def test_best_weights_are_kept_as_a_plain_state_dict(tmp_path):
     network = torch.nn.Linear(2, 1)
     validator = Engine(lambda e, b: None)
     BestModelSaver(network, str(tmp_path / "models" / "model.pt")).attach(validator)
-
-    @validator.on(Events.EPOCH_COMPLETED)
-    def _(engine):
-        pass
 
     def validate(epoch, best):
         validator.state.epoch, validator.state.best_metric_epoch = epoch, best
@@ -48,8 +47,13 @@ def test_best_weights_are_kept_as_a_plain_state_dict(tmp_path):
     assert [p.name for p in (tmp_path / "models").iterdir()] == ["model.pt"]
 
 
-def make_trainer(network, folder, **kwargs):
+def make_trainer(network, folder, max_epochs=4, **kwargs):
+    """A trainer with all that a resumed run must go on with: averaged weights, schedule, best score."""
     optimizer = torch.optim.AdamW(network.parameters(), lr=0.1)
+    schedule = cosine_decay(optimizer, max_epochs)
+    average = copy.deepcopy(network)
+    validator = Engine(lambda e, b: None)
+    validator.state.best_metric, validator.state.best_metric_epoch = -1, -1
 
     def step(engine, batch):
         optimizer.zero_grad()
@@ -57,26 +61,62 @@ def make_trainer(network, folder, **kwargs):
         optimizer.step()
 
     engine = Engine(step)
-    engine.state.max_epochs = 0
-    TrainingCheckpoint({"network": network, "optimizer": optimizer}, str(folder), **kwargs).attach(engine)
+    engine.state.max_epochs = max_epochs
+    engine.average, engine.validator, engine.rates = average, validator, []
+    ModelEMA(network, average).attach(engine)
+    engine.add_event_handler(Events.EPOCH_STARTED, lambda: engine.rates.append(optimizer.param_groups[0]["lr"]))
+    engine.add_event_handler(Events.EPOCH_COMPLETED, lambda: schedule.step())
+    objects = {"network": network, "ema": average, "optimizer": optimizer, "lr_scheduler": schedule}
+    TrainingCheckpoint(objects, validator, str(folder), **kwargs).attach(engine)
     return engine
 
 
-def test_last_checkpoints_are_kept_and_resumed(tmp_path):
+def test_resumed_run_ends_as_the_uninterrupted_one(tmp_path):
     through = torch.nn.Linear(2, 1)
     start = {k: v.clone() for k, v in through.state_dict().items()}
-    make_trainer(through, tmp_path / "a").run([0] * 3, max_epochs=4)
-    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["checkpoint_epoch=3.pt", "checkpoint_epoch=4.pt"]
+    whole = make_trainer(through, tmp_path / "a")
+    whole.run([0] * 3, max_epochs=4)
+    kept = ["checkpoint_epoch=3.pt", "checkpoint_epoch=4.pt"]
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == kept
 
     halves = torch.nn.Linear(2, 1)
     halves.load_state_dict(start)
-    make_trainer(halves, tmp_path / "b").run([0] * 3, max_epochs=2)
+    first = make_trainer(halves, tmp_path / "b")
+    first.validator.state.best_metric, first.validator.state.best_metric_epoch = 0.7, 1
+    first.run([0] * 3, max_epochs=2)
     torch.nn.init.zeros_(halves.weight)
-    engine = make_trainer(halves, tmp_path / "b", resume="true")
-    engine.state.max_epochs = 4
-    engine.run([0] * 3, max_epochs=4)
-    assert engine.state.epoch == 4
+    second = make_trainer(halves, tmp_path / "b", resume="true")
+    second.run([0] * 3, max_epochs=4)
+    assert second.state.epoch == 4
+    assert first.rates + second.rates == pytest.approx(whole.rates)
     torch.testing.assert_close(halves.weight, through.weight, rtol=0, atol=0)
+    torch.testing.assert_close(second.average.weight, whole.average.weight, rtol=0, atol=0)
+    assert (second.validator.state.best_metric, second.validator.state.best_metric_epoch) == (0.7, 1)
+    assert sorted(p.name for p in (tmp_path / "b").iterdir()) == kept
+
+
+def test_new_run_removes_the_checkpoints_of_an_older_longer_one(tmp_path):
+    make_trainer(torch.nn.Linear(2, 1), tmp_path).run([0], max_epochs=5)
+    make_trainer(torch.nn.Linear(2, 1), tmp_path).run([0], max_epochs=1)
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint_epoch=1.pt"]
+
+
+def test_resuming_another_architecture_or_a_finished_run_is_refused(tmp_path):
+    make_trainer(torch.nn.Linear(2, 1), tmp_path).run([0], max_epochs=2)
+    other = torch.nn.Sequential(torch.nn.Linear(2, 1))
+    with pytest.raises(InputError, match=r"checkpoint_epoch=2.pt: weights of another architecture"):
+        make_trainer(other, tmp_path, resume=True).run([0], max_epochs=4)
+    with pytest.raises(InputError, match="max_epochs=2 are done"):
+        make_trainer(torch.nn.Linear(2, 1), tmp_path, max_epochs=2, resume=True).run([0], max_epochs=2)
+
+
+def test_loss_that_is_not_finite_stops_before_the_weights_are_touched():
+    engine = Engine(lambda e, b: None)
+    engine.register_events(*IterationEvents)
+    StopOnBadLoss().attach(engine)
+    engine.state.output, engine.state.batch = {"loss": torch.tensor(float("nan"))}, {"case": ["a", "b"]}
+    with pytest.raises(InputError, match="nan at iteration 0, on the cases a, b"):
+        engine.fire_event(IterationEvents.LOSS_COMPLETED)
 
 
 @pytest.mark.parametrize(

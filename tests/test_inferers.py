@@ -88,8 +88,13 @@ def test_meta_tensors_keep_their_geometry(network):
     torch.testing.assert_close(out.affine, image.affine)
 
 
-def test_padding_takes_the_darkest_value(network):
-    """A volume smaller than the window is padded with background, not with the mean."""
+def test_members_can_be_drawn_a_few_at_a_time(network):
+    images = torch.rand(2, 1, 8, 8)
+    torch.testing.assert_close(inferer(member_batch_size=2)(images, network), inferer()(images, network))
+
+
+def test_padding_is_that_of_training(network):
+    """A volume smaller than the window is padded with 0, the mean of a normalised image."""
     seen = []
 
     def spy(x, timesteps, context):
@@ -97,7 +102,7 @@ def test_padding_takes_the_darkest_value(network):
         return torch.zeros_like(x)
 
     inferer()(torch.rand(1, 1, 4, 8) - 5, spy)
-    assert seen[0].max() < -3 and seen[0].shape == (3, 1, 8, 8)
+    assert seen[0].shape == (3, 1, 8, 8) and (seen[0][:, :, :2] == 0).all() and (seen[0][:, :, 6:] == 0).all()
 
 
 def test_samplers_that_draw_noise_are_refused():

@@ -119,6 +119,34 @@ def test_a_marked_corner_stays_where_it_is(tmp_path):
     np.testing.assert_allclose(result["pred"].affine, OBLIQUE, atol=1e-4)
 
 
+def test_a_marked_corner_of_a_picture_stays_where_it_is(tmp_path):
+    """As the volume's, through another resolution; neither mirrored nor transposed in the NIfTI or the PNG."""
+    from medsegdiff_monai.results import _png_bytes
+
+    pixels = np.zeros((20, 36), np.uint8)  # rows, columns
+    pixels[:6, :10] = 255
+    Image.fromarray(pixels).save(tmp_path / "photo.png")
+    parser = ConfigParser()
+    parser.read_config(str(CONFIGS / "inference.json"))
+    parser.update({"bundle_root": "", "fusion": "mean", **PICTURE_SETTINGS, "in_channels": 1, "roi_size": [72, 40]})
+    item = parser.get_parsed_content("preprocessing")({"image": str(tmp_path / "photo.png")})
+    assert item["image"].shape == (1, 72, 40)
+    item["pred"] = item["image"].clone() > 0
+    result = np.asarray(parser.get_parsed_content("postprocessing")(item)["pred"])[0]
+    np.testing.assert_array_equal(result.T, pixels > 0)
+    (tmp_path / "mask.png").write_bytes(_png_bytes(result))
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "mask.png")), pixels > 0)
+
+
+def test_a_later_file_of_the_same_name_does_not_pass_for_finished(tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        itk.imwrite(itk_volume((9, 8, 7)), str(tmp_path / folder / "scan.mha"))
+    out = run_segment(tmp_path, tmp_path / "a" / "scan.mha", **VOLUME_SETTINGS)
+    run_segment(tmp_path, tmp_path / "b" / "scan.mha", **VOLUME_SETTINGS)
+    assert {p.name for p in out.iterdir() if p.is_dir()} == {"scan", "b_scan"}
+
+
 def test_two_files_of_one_name_do_not_overwrite_each_other(tmp_path):
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()

@@ -17,7 +17,10 @@ from medsegdiff_monai.networks import DynamicConditioning, FFParser
 
 from .conftest import CONFIGS, ROOT
 
-DATASETS = {2: ("generic_2d", "lgg_mri", "mni152"), 3: ("hippocampus",)}
+DATASETS = {
+    2: ("brats2021", "ddti", "generic_2d", "lgg_mri", "mni152", "refuge2"),
+    3: ("brats2021_3d", "hippocampus"),
+}
 VARIANTS = {
     2: ("medsegdiff_s", "medsegdiff_b", "medsegdiff_l", "medsegdiff_plusplus"),
     3: ("medsegdiff_s_3d", "medsegdiff_b_3d"),
@@ -49,9 +52,10 @@ def test_every_pair_takes_a_training_step(dataset, variant, paper):
         image = torch.empty(1, parser["in_channels"], *size)
         mask = torch.empty(1, parser["num_classes"], *size)
         optimizer = torch.optim.AdamW(network.parameters(), lr=parser["learning_rate"])
-        out = network(mask, torch.zeros(1), image)
-        assert out.shape == mask.shape
-        DiffusionSegmentationLoss(parser["prediction_type"])(out, mask).backward()
+        times = torch.empty(1)
+    out = network(mask, times, image)
+    assert out.shape == mask.shape
+    DiffusionSegmentationLoss(parser["prediction_type"])(out, mask).backward()
     assert all(p.grad is not None and p.grad.shape == p.shape for p in network.parameters())
     optimizer.step()
     assert parser["learning_rate"] == 1e-4

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import csv
 import random
 import re
 from collections import Counter
@@ -13,7 +13,7 @@ from typing import Any
 from ..errors import InputError
 from ..settings import as_bool
 from .checks import SHOWN, DataSpec, check_items, first_file, refuse
-from .reading import IMAGE_SUFFIXES
+from .reading import IMAGE_SUFFIXES, files_below, read_json
 
 __all__ = [
     "CaseList",
@@ -66,10 +66,7 @@ def _read_lists(folder: Path) -> dict[str, list[dict[str, Any]]]:
     file = folder / "dataset.json"
     if not file.is_file():
         raise InputError(f"{file}: no such file: --dataset_dir must hold a Decathlon-style dataset.json.")
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{file}: is not JSON ({error}): correct it.") from error
+    content = read_json(file)
     if not isinstance(content, dict):
         raise InputError(f"{file}: must hold an object with the list 'training'.")
     lists = {}
@@ -119,7 +116,11 @@ def case_names(images: Sequence[str | Sequence[str]]) -> list[str]:
         images: image files (the first one names a case of several).
     """
     paths = [Path(first_file(image)) for image in images]
-    stems = [stem_of(str(path)) for path in paths]
+    beside = Counter(path.parent / stem_of(str(path)) for path in paths)
+    stems = [  # of two files that differ in their suffix alone, the suffix is part of the name
+        stem_of(str(path)) if beside[path.parent / stem_of(str(path))] == 1 else path.name.replace(".", "_")
+        for path in paths
+    ]
     names = stems
     depth = 0
     while max(Counter(names).values(), default=1) > 1 and depth < max(len(path.parts) for path in paths):
@@ -189,27 +190,37 @@ def _split(lists: Mapping[str, list], order: Sequence[str], chosen: str | None, 
     raise InputError(f"{file}: lists no cases under {chosen or ' or '.join(order)}: add some, or set --{variable}.")
 
 
-def evaluation_items(dataset_dir: str, spec: DataSpec, eval_split: str | None = None) -> list[dict[str, Any]]:
+def evaluation_items(
+    dataset_dir: str, spec: DataSpec, eval_split: str | None = None, seed: int = 0
+) -> list[dict[str, Any]]:
     """Return the checked, labelled cases of ``validation``, else ``test``, of a Decathlon folder.
+
+    Where neither lists labelled cases, they are those of ``training`` that a training of that ``seed`` holds out.
 
     Args:
         dataset_dir: folder that holds ``dataset.json``.
         spec: what the config variables say of the data.
         eval_split: ``training``, ``validation`` or ``test``, to choose another list.
+        seed: seed of the training's split.
 
     Raises:
         InputError: for a missing or broken data list, and for bad cases, all at once.
     """
     folder = _dataset_folder(dataset_dir)
-    items = _split(_read_lists(folder), ("validation", "test"), eval_split, "eval_split", folder / "dataset.json")
+    lists = _read_lists(folder)
+    labelled = any("label" in item for split in ("validation", "test") for item in lists[split])
+    if eval_split is None and not labelled:
+        lists["validation"] = hold_out(lists["training"], seed)[1]
+    items = _split(lists, ("validation", "test"), eval_split, "eval_split", folder / "dataset.json")
     refuse(check_items(items, spec, labelled=True), str(folder / "dataset.json"))
     return _named(items)
 
 
-def _walk(folder: Path) -> list[dict[str, Any]]:
-    """All readable images below a folder: files by their suffix, and folders of DICOM files as one volume each."""
-    found = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name.lower().endswith(IMAGE_SUFFIXES)]
-    series = {p.parent for p in folder.rglob("*") if p.is_file() and is_dicom_file(p)}
+def _walk(folder: Path, results: Path) -> list[dict[str, Any]]:
+    """All readable images below a folder, results left out: files by suffix, DICOM folders as one volume each."""
+    files = [p for p in files_below(folder) if not p.resolve().is_relative_to(results.resolve())]
+    found = [p for p in files if p.name.lower().endswith(IMAGE_SUFFIXES)]
+    series = {p.parent for p in files if is_dicom_file(p)}
     return [{"image": str(path.resolve())} for path in sorted({*found, *series})]
 
 
@@ -255,12 +266,19 @@ def inference_items(
         if file.is_file():
             items = _split(_read_lists(folder), ("test", "validation"), infer_split, "infer_split", file)
         else:
-            items = _walk(folder)
+            items = _walk(folder, Path(output_dir))
         if not items:
             raise InputError(f"{folder}: holds no dataset.json and no image ({', '.join(IMAGE_SUFFIXES)}, DICOM).")
+    sources = _sources(output_dir)
     todo = []
     for item in _named([{"image": item["image"]} for item in items]):
-        if as_bool(overwrite) or not _finished(item, output_dir, checkpoint):
+        source = Path(first_file(item["image"]))
+        for part in reversed(source.parent.parts[1:]):  # another file of that name was here before
+            if sources.get(item["case"], str(source)) == str(source):
+                break
+            item["case"] = f"{part}_{item['case']}"
+        done = sources.get(item["case"]) == str(source) and _finished(item, output_dir, checkpoint)
+        if as_bool(overwrite) or not done:
             todo.append(item)
     if len(todo) < len(items):
         print(f"{len(items) - len(todo)} of {len(items)} cases are finished; --overwrite true segments them again.")
@@ -274,6 +292,15 @@ def inference_items(
 def segmentation_file(output_dir: str | Path, case: str) -> Path:
     """Where the mask of a case is written."""
     return Path(output_dir) / case / f"{case}_seg.nii.gz"
+
+
+def _sources(output_dir: str) -> dict[str, str]:
+    """The file that each case in ``cases.csv`` was segmented from."""
+    table = Path(output_dir) / "cases.csv"
+    if not table.is_file():
+        return {}
+    with table.open(newline="", encoding="utf-8") as file:
+        return {row["case"]: row.get("source", "") for row in csv.DictReader(file)}
 
 
 def _finished(item: Mapping[str, Any], output_dir: str, checkpoint: str) -> bool:

@@ -81,7 +81,7 @@ class FFParser(nn.Module):
         grid = self.weight.float()
         for i in range(self.spatial_dims):
             grid = _resample_axis(grid, i + 1, size[i], i < self.spatial_dims - 1)
-        return torch.view_as_complex(grid)
+        return torch.view_as_complex(grid.contiguous())
 
     def forward(self, x: Tensor) -> Tensor:
         """Filter ``x`` of shape (batch, channels, *spatial); float32 inside, shape and dtype are kept."""

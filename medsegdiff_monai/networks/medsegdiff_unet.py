@@ -11,6 +11,8 @@ from monai.networks.layers.factories import Conv
 from monai.networks.nets.diffusion_model_unet import get_timestep_embedding
 from torch import Tensor, nn
 
+from ..errors import InputError
+from ..settings import as_bool
 from .blocks import Downsample, Stage, Upsample, group_norm
 from .dynamic_conditioning import DynamicConditioning
 from .ff_parser import FFParser
@@ -87,7 +89,7 @@ class MedSegDiffUNet(nn.Module):
         use_checkpointing: trade computing for memory in training (gradient checkpointing).
 
     Raises:
-        ValueError: for arguments that do not fit together; the message names value and remedy.
+        InputError: (a ValueError) for arguments that do not fit together; the message names value and remedy.
 
     Source: arXiv 2211.00611v5, section II; block design of github.com/openai/improved-diffusion, as the paper says.
     """
@@ -112,18 +114,18 @@ class MedSegDiffUNet(nn.Module):
     ) -> None:
         super().__init__()
         levels = len(channels)
-        attention = [False] * levels if attention_levels is None else list(attention_levels)
+        attention = [False] * levels if attention_levels is None else [as_bool(a) for a in attention_levels]
         fused = _middle_two(levels) if conditioning_levels is None else sorted(conditioning_levels)
         _check_arguments(spatial_dims, in_channels, out_channels, channels, attention, fused, dropout, prediction_type)
         blocks = _one_each("num_res_blocks", num_res_blocks, levels, "levels")
         heads = _one_each("num_head_channels", num_head_channels, levels, "levels")
         for c, a, h in zip(channels, attention, heads):
             if a and c % h:
-                raise ValueError(f"num_head_channels={h} does not divide the {c} channels of an attention level.")
+                raise InputError(f"num_head_channels={h} does not divide the {c} channels of an attention level.")
         size = _one_each("ff_size", ff_size, spatial_dims, "axes")
         for name, value in (("norm_num_groups", norm_num_groups), ("num_train_timesteps", num_train_timesteps)):
             if value < 1:
-                raise ValueError(f"{name}={value} must be at least 1.")
+                raise InputError(f"{name}={value} must be at least 1.")
 
         self.spatial_dims = spatial_dims
         self.in_channels = in_channels
@@ -151,7 +153,9 @@ class MedSegDiffUNet(nn.Module):
         self.image_stages = nn.ModuleList(stage(i, below[i], 0) for i in range(levels - 1))
         self.image_downs = nn.ModuleList(Downsample(spatial_dims, channels[i]) for i in range(levels - 1))
         self.fusions = nn.ModuleList(
-            Fusion(spatial_dims, channels[i], _grid(size, i) if use_ff_parser else None) if i in fused else NoFusion()
+            Fusion(spatial_dims, channels[i], _grid(size, i) if as_bool(use_ff_parser) else None)
+            if i in fused
+            else NoFusion()
             for i in range(levels - 1)
         )
         self.mask_stem = conv(out_channels, channels[0], kernel_size=3, padding=1)
@@ -315,7 +319,7 @@ def _grid(size: Sequence[int], level: int) -> list[int]:
 def _one_each(name: str, value: Union[int, Sequence[int]], count: int, what: str) -> list[int]:
     values = [value] * count if isinstance(value, int) else list(value)
     if len(values) != count or any(v < 1 for v in values):
-        raise ValueError(f"{name}={value} must be a positive number, or one for each of the {count} {what}.")
+        raise InputError(f"{name}={value} must be a positive number, or one for each of the {count} {what}.")
     return values
 
 
@@ -330,19 +334,22 @@ def _check_arguments(
     prediction_type: str,
 ) -> None:
     if spatial_dims not in (2, 3):
-        raise ValueError(f"spatial_dims={spatial_dims} must be 2 or 3.")
+        raise InputError(f"spatial_dims={spatial_dims} must be 2 or 3.")
     if in_channels < 1 or out_channels < 1:
-        raise ValueError(f"in_channels={in_channels} and out_channels={out_channels} must be at least 1.")
-    if len(channels) < 2 or any(c < 2 or c % 2 for c in channels):
-        raise ValueError(f"channels={list(channels)} must be even numbers for at least two levels.")
+        raise InputError(f"in_channels={in_channels} and out_channels={out_channels} must be at least 1.")
+    if len(channels) < 2 or min(channels) < 1 or channels[0] % 2:
+        raise InputError(
+            f"channels={list(channels)} must be at least two positive numbers, the first even: it is also the width of "
+            "the timestep embedding's sines and cosines."
+        )
     if len(attention) != len(channels):
-        raise ValueError(f"attention_levels={list(attention)} must have one entry for each of {len(channels)} levels.")
+        raise InputError(f"attention_levels={list(attention)} must have one entry for each of {len(channels)} levels.")
     if len(set(fused)) != len(fused) or any(not 0 <= level < len(channels) - 1 for level in fused):
-        raise ValueError(
+        raise InputError(
             f"conditioning_levels={list(fused)} must be different levels from 0 to {len(channels) - 2}: "
             "at the last level both streams are summed."
         )
     if not 0 <= dropout < 1:
-        raise ValueError(f"dropout={dropout} must be at least 0 and below 1.")
+        raise InputError(f"dropout={dropout} must be at least 0 and below 1.")
     if prediction_type not in PREDICTION_TYPES:
-        raise ValueError(f"prediction_type={prediction_type!r} must be one of {PREDICTION_TYPES}.")
+        raise InputError(f"prediction_type={prediction_type!r} must be one of {PREDICTION_TYPES}.")
