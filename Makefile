@@ -1,6 +1,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# torch reads sources of its own in the locale's encoding, which may be ASCII.
+export PYTHONUTF8 = 1
 
 .PHONY: demo test lint
 

@@ -32,13 +32,13 @@ def default_device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def field_size(roi_size: Sequence[int], spatial_dims: int, levels: int, fit: str) -> list[int]:
+def field_size(roi_size: Sequence[int], spatial_dims: int, channels: Sequence[int], fit: str) -> list[int]:
     """Return the size of the field that the network sees: ``roi_size``, rounded up to multiples of its stride.
 
     Args:
         roi_size: one size for each axis.
         spatial_dims: number of axes.
-        levels: number of levels of the network.
+        channels: channels of each level of the network.
         fit: ``crop`` or ``resize``.
 
     Raises:
@@ -48,7 +48,7 @@ def field_size(roi_size: Sequence[int], spatial_dims: int, levels: int, fit: str
         raise InputError(f"fit={fit!r} must be crop (patches and windows) or resize (the whole image).")
     if len(roi_size) != spatial_dims or min(roi_size) < 1:
         raise InputError(f"roi_size={list(roi_size)} must be {spatial_dims} positive sizes, as spatial_dims says.")
-    stride = 2 ** (levels - 1)
+    stride = 2 ** (len(channels) - 1)
     return [-(-size // stride) * stride for size in roi_size]
 
 

@@ -69,12 +69,12 @@ def test_handlers_are_inline_and_channel_first_is_a_transform_of_its_own():
 
 def test_configs_call_nothing_but_known_libraries():
     for file in CONFIGS.rglob("*.json"):
-        text = file.read_text()
+        text = file.read_text(encoding="utf-8")
         for target in re.findall(r'"_target_": "([^"]+)"', text):
             assert "." not in target or target.split(".")[0] in {"monai", "torch", "ignite", "medsegdiff_monai"}, target
         expressions = re.findall(r'"(\$[^"]+)"', text)
         assert not [e for e in expressions if re.search(r"\b(eval|exec|subprocess)\b(?!')|\bos\.|__", e)]
-        assert len(expressions) <= 25, file
+        assert not [e for e in expressions if len(re.findall(r"\w\(", e)) > 1], f"more than one call in {file}"
 
 
 def test_load_gives_the_network_with_its_weights(bundle, volumes, tmp_path):
@@ -94,7 +94,7 @@ def test_load_gives_the_network_with_its_weights(bundle, volumes, tmp_path):
 def start(cwd: Path, configs: list[str], run_id: str, *more: str) -> subprocess.CompletedProcess:
     files = configs[0] if len(configs) == 1 else str(configs)
     command = [sys.executable, "-m", "monai.bundle", "run", run_id, "--config_file", files, *more]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+    return subprocess.run(command, cwd=cwd, capture_output=True, encoding="utf-8")
 
 
 @pytest.mark.parametrize("place", ["root", "bundle", "elsewhere"])
