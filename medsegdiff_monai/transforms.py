@@ -1,4 +1,4 @@
-"""Transforms between label maps, region masks and ensemble members."""
+"""Transforms of images, label maps, region masks and ensemble members."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Hashable, Mapping, Sequence
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
-from monai.transforms import MapTransform
+from monai.transforms import ClipIntensityPercentiles, Compose, MapTransform, NormalizeIntensity, ScaleIntensityRange
 from torch import Tensor
 
 from .errors import InputError
 from .fusion import check_fusion, fuse_members, mutual_information, predictive_entropy
 
-__all__ = ["FuseMembersd", "LabelsToRegionsd", "Regions"]
+__all__ = ["FuseMembersd", "LabelsToRegionsd", "NormalizeImaged", "Regions"]
 
 
 class Regions:
@@ -66,6 +66,35 @@ class Regions:
         for i, mask in enumerate(masks):
             label[0][mask > 0] = i + 1
         return label
+
+
+class NormalizeImaged(MapTransform):
+    """Bring the intensities of images (channels, *spatial) to the scale that the network expects.
+
+    Args:
+        keys: images in the dictionary.
+        intensity_range: lowest and highest intensity that matter, brought to -1 and 1 and clipped beyond: for intensities
+            whose values mean the same in every image, such as CT in Hounsfield units, or slices of one volume. Default:
+            each channel of each image is clipped to its percentiles 0.5 and 99.5, then brought to mean 0 and standard
+            deviation 1, as suits MR, ultrasound and photographs.
+
+    Raises:
+        InputError: where ``intensity_range`` is not two rising numbers.
+    """
+
+    def __init__(self, keys: KeysCollection, intensity_range: Sequence[float] | None = None) -> None:
+        super().__init__(keys)
+        if intensity_range is None:
+            percentiles = ClipIntensityPercentiles(lower=0.5, upper=99.5, channel_wise=True)
+            self.normalize = Compose([percentiles, NormalizeIntensity(channel_wise=True)])
+            return
+        if len(intensity_range) != 2 or intensity_range[0] >= intensity_range[1]:
+            raise InputError(f"intensity_range={list(intensity_range)} must be the lowest and the highest intensity.")
+        self.normalize = Compose(ScaleIntensityRange(*intensity_range, b_min=-1.0, b_max=1.0, clip=True))
+
+    def __call__(self, data: Mapping[Hashable, Tensor]) -> dict[Hashable, Tensor]:
+        """Normalise the images."""
+        return {**data, **{key: self.normalize(data[key]) for key in self.key_iterator(data)}}
 
 
 class LabelsToRegionsd(MapTransform):

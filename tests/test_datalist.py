@@ -8,7 +8,7 @@ import torch
 from medsegdiff_monai.data import DataSpec, evaluation_items, inference_items, training_splits
 from medsegdiff_monai.data.datalist import case_names
 from medsegdiff_monai.errors import InputError
-from medsegdiff_monai.transforms import LabelsToRegionsd, Regions
+from medsegdiff_monai.transforms import LabelsToRegionsd, NormalizeImaged, Regions
 
 from .conftest import make_nifti_dataset, make_png_dataset, write_json
 
@@ -103,3 +103,14 @@ def test_exclusive_classes_compete_with_each_other_and_the_background():
     masks = Regions(2).binarise(probability)
     assert masks.tolist() == [[True, False, False, False], [False, True, False, False]]
     assert Regions(2).label_map(masks).tolist() == [[1, 2, 0, 0]]
+
+
+def test_images_are_normalised_each_by_itself_or_all_by_one_range():
+    image = torch.rand(2, 40, 50) * torch.tensor([3.0, 900.0])[:, None, None] - 7
+    own = NormalizeImaged("image")({"image": image})["image"]
+    torch.testing.assert_close(own.mean((1, 2)), torch.zeros(2), atol=1e-5, rtol=0)
+    torch.testing.assert_close(own.std((1, 2), correction=0), torch.ones(2))
+    shared = NormalizeImaged("image", intensity_range=[-5, 300])({"image": image})["image"]
+    torch.testing.assert_close(shared, ((image + 5) / 305).clip(0, 1) * 2 - 1)
+    with pytest.raises(InputError, match="intensity_range"):
+        NormalizeImaged("image", intensity_range=[3, 3])
