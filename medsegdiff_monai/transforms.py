@@ -73,10 +73,10 @@ class NormalizeImaged(MapTransform):
 
     Args:
         keys: images in the dictionary.
-        intensity_range: lowest and highest intensity that matter, brought to -1 and 1 and clipped beyond: for intensities
-            whose values mean the same in every image, such as CT in Hounsfield units, or slices of one volume. Default:
-            each channel of each image is clipped to its percentiles 0.5 and 99.5, then brought to mean 0 and standard
-            deviation 1, as suits MR, ultrasound and photographs.
+        intensity_range: lowest and highest intensity that matter, brought to -1 and 1 and clipped beyond: where values
+            mean the same in every image, such as CT in Hounsfield units, or slices of one volume. Default: each channel
+            of each image is clipped to its percentiles 0.5 and 99.5, then brought to mean 0 and standard deviation 1,
+            as suits MR, ultrasound and photographs.
 
     Raises:
         InputError: where ``intensity_range`` is not two rising numbers.
@@ -87,10 +87,11 @@ class NormalizeImaged(MapTransform):
         if intensity_range is None:
             percentiles = ClipIntensityPercentiles(lower=0.5, upper=99.5, channel_wise=True)
             self.normalize = Compose([percentiles, NormalizeIntensity(channel_wise=True)])
-            return
-        if len(intensity_range) != 2 or intensity_range[0] >= intensity_range[1]:
+        elif len(intensity_range) != 2 or intensity_range[0] >= intensity_range[1]:
             raise InputError(f"intensity_range={list(intensity_range)} must be the lowest and the highest intensity.")
-        self.normalize = Compose(ScaleIntensityRange(*intensity_range, b_min=-1.0, b_max=1.0, clip=True))
+        else:
+            low, high = intensity_range
+            self.normalize = Compose(ScaleIntensityRange(a_min=low, a_max=high, b_min=-1.0, b_max=1.0, clip=True))
 
     def __call__(self, data: Mapping[Hashable, Tensor]) -> dict[Hashable, Tensor]:
         """Normalise the images."""
