@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from monai.data import MetaTensor
 from monai.inferers import DiffusionInferer, Inferer, SlidingWindowInferer
+from monai.metrics import compute_dice
 from monai.networks.schedulers import Scheduler
 from torch import Tensor
 
@@ -16,6 +18,8 @@ from .errors import InputError
 from .settings import as_bool
 
 __all__ = ["DiffusionEnsembleInferer", "DiffusionTrainingInferer"]
+
+logger = logging.getLogger(__name__)
 
 
 class DiffusionTrainingInferer(DiffusionInferer):
@@ -41,16 +45,17 @@ class DiffusionTrainingInferer(DiffusionInferer):
 class DiffusionEnsembleInferer(Inferer):
     """Draw several masks for an image and return their probabilities, members as channels.
 
-    The noise of a member depends on the seed, its number and the size of the field alone: it is the same for every
-    case, whatever the batch size or the order of cases and windows. Images larger than ``roi_size`` are covered by
-    MONAI's ``SlidingWindowInferer``; the noise rides along as extra channels, so that each window sees its piece of
+    The noise of a member depends on the seed, its number, the step and the size of the field alone: it is the same for
+    every case, whatever the batch size or the order of cases and windows. Images larger than ``roi_size`` are covered
+    by MONAI's ``SlidingWindowInferer``; the noise rides along as extra channels, so that each window sees its piece of
     one noise field. Smaller images are padded to ``roi_size``, and cropped back.
 
     The image is encoded once per window (``network.encode_context``, where the network has it) and shared by all
-    members and steps.
+    members and steps. Memory does not grow with the number of steps. Running out of it halves ``member_batch_size``
+    once, for this case and the following ones, and says so.
 
     Args:
-        scheduler: sampler; ``step`` must not draw noise of its own.
+        scheduler: sampler.
         num_classes: number of foreground classes, the channels of the mask.
         roi_size: size of the field that the network sees.
         num_members: number of masks to draw.
@@ -59,10 +64,16 @@ class DiffusionEnsembleInferer(Inferer):
         overlap: share by which windows overlap.
         sw_batch_size: windows that are segmented at a time.
         member_batch_size: members that are drawn at a time; by default all. Fewer take less memory.
+        agreement_threshold: Dice, such as 0.99. After each batch of members (by default of one) the mask of the mean of
+            all members so far is compared with that of the batch before; once no class of no image in the batch
+            changes by more than this, no further members are drawn. By default all are.
+        progress: called after each pass of the network with the number of samples in it, such as the ``update`` of a
+            tqdm bar; by default silent.
         amp: whether to use bfloat16 autocast.
 
     Raises:
-        InputError: for numbers below 1, or a sampler that draws noise at every step.
+        InputError: for numbers out of range; at the call, for an image larger than ``roi_size`` and a sampler that
+            draws noise at every step.
     """
 
     def __init__(
@@ -76,70 +87,56 @@ class DiffusionEnsembleInferer(Inferer):
         overlap: float = 0.5,
         sw_batch_size: int = 1,
         member_batch_size: int | None = None,
+        agreement_threshold: float | None = None,
+        progress: Callable[[int], object] | None = None,
         amp: bool | str = False,
     ) -> None:
         super().__init__()
-        if num_members < 1 or num_steps < 1:
-            raise InputError(f"num_members={num_members} and num_steps={num_steps} must be at least 1.")
-        if getattr(scheduler, "is_stochastic", False):
+        if num_members < 1 or num_steps < 1 or (member_batch_size is not None and member_batch_size < 1):
             raise InputError(
-                f"{type(scheduler).__name__} draws noise at every step; an ensemble needs a sampler whose only noise "
-                "is the first: DDIMScheduler with eta=0, or DPMSolverPlusPlusScheduler."
+                f"num_members={num_members}, num_steps={num_steps} and member_batch_size={member_batch_size} must be "
+                "at least 1."
             )
+        if agreement_threshold is not None and not 0 < agreement_threshold <= 1:
+            raise InputError(f"agreement_threshold={agreement_threshold} is a Dice: above 0, at most 1.")
         self.scheduler: Any = scheduler
         self.num_classes = num_classes
         self.roi_size = tuple(roi_size)
         self.num_members = num_members
         self.num_steps = num_steps
-        self.member_batch_size = member_batch_size or num_members
+        self.member_batch_size = member_batch_size or (num_members if agreement_threshold is None else 1)
+        self.agreement_threshold = agreement_threshold
+        self.progress = progress
         self.seed = seed
         self.amp = as_bool(amp)
         self.window = SlidingWindowInferer(self.roi_size, sw_batch_size, overlap, mode="gaussian")
+        self._halved = False
 
-    def noise(self, size: Sequence[int]) -> Tensor:
-        """Return the noise of all members for a field of ``size``: float32 (members * classes, *size), on the CPU."""
-        fields = []
-        for member in range(self.num_members):
-            # one generator for each member; a large odd factor keeps neighbouring seeds apart
-            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + member) % 2**63)
-            fields.append(torch.randn(self.num_classes, *size, generator=generator))
-        return torch.cat(fields)
-
-    @torch.no_grad()
-    def sample(self, image: Tensor, noise: Tensor, network: Callable) -> Tensor:
-        """Denoise all members of a window.
+    def noise(self, size: Sequence[int], members: range | None = None, step: int = 0) -> Tensor:
+        """Return standard normal noise for a field of ``size``.
 
         Args:
-            image: (batch, channels, *roi).
-            noise: (batch, members * classes, *roi).
-            network: called as ``network(x, timesteps, context)``.
+            size: spatial size of the field.
+            members: numbers of the members; by default all.
+            step: 0 for the noise that sampling starts from, i for what a stochastic sampler adds after its i-th step.
 
         Returns:
-            Probabilities (batch, members * classes, *roi).
+            (members, classes, *size), float32, on the CPU.
         """
-        encode = getattr(network, "encode_context", None)
-        context = image if encode is None else encode(image)
-        members = noise.unflatten(1, (-1, self.num_classes)).split(self.member_batch_size, dim=1)
-        return torch.cat([self._denoise(x, context, network) for x in members], dim=1).flatten(1, 2)
-
-    def _denoise(self, x: Tensor, context: Tensor | list[Tensor], network: Callable) -> Tensor:
-        """Take noise (batch, members, classes, *roi) to probabilities of the same shape."""
-        shape = x.shape
-        x = x.flatten(0, 1)
-        if isinstance(context, Tensor):  # a network that takes the image itself
-            context = context.repeat_interleave(shape[1], dim=0)
-        self.scheduler.set_timesteps(self.num_steps)
-        for t in self.scheduler.timesteps:
-            out = network(x, torch.as_tensor(t, device=x.device).reshape(1), context)
-            x, _ = self.scheduler.step(out.to(x.dtype), t, x)
-        return ((x + 1) / 2).clamp(0, 1).reshape(shape)
+        members = range(self.num_members) if members is None else members
+        noise = torch.empty(len(members), self.num_classes, *size)
+        for field, member in zip(noise, members):
+            # one generator for each; large odd factors keep neighbouring seeds, members and steps apart
+            seed = ((self.seed * 1_000_003 + member) * 1_000_003 + step) % 2**63
+            torch.randn(field.shape, generator=torch.Generator().manual_seed(seed), out=field)
+        return noise
 
     def __call__(self, inputs: Tensor, network: Callable, *args: Any, **kwargs: Any) -> Tensor:
         """Segment images of any size.
 
         Args:
             inputs: (batch, channels, *spatial).
-            network: the denoiser, in evaluation mode.
+            network: the denoiser, in evaluation mode, called as ``network(x, timesteps, context)``.
             *args: not used.
             **kwargs: not used.
 
@@ -149,16 +146,108 @@ class DiffusionEnsembleInferer(Inferer):
         """
         image = inputs.as_tensor() if isinstance(inputs, MetaTensor) else inputs
         size = image.shape[2:]
-        field = [max(s, r) for s, r in zip(size, self.roi_size)]
-        before = [(f - s) // 2 for f, s in zip(field, size)]
-        pad = [n for f, s, b in zip(field, size, before) for n in (b, f - s - b)]
-        image = F.pad(image, [n for i in range(len(pad) - 2, -1, -2) for n in pad[i : i + 2]])  # by 0, as in training
-        noise = self.noise(field).to(image)[None].expand(image.shape[0], *[-1] * (image.ndim - 1))
-        channels = image.shape[1]
-        with torch.autocast(image.device.type, dtype=torch.bfloat16, enabled=self.amp):
-            out: Any = self.window(
-                torch.cat([image, noise], dim=1), lambda x: self.sample(x[:, :channels], x[:, channels:], network)
-            )
-        inner = (slice(None), slice(None), *(slice(b, b + s) for b, s in zip(before, size)))
-        out = out[inner]
+        pad = [(max(r - s, 0) // 2, (max(r - s, 0) + 1) // 2) for s, r in zip(size, self.roi_size)]
+        image = F.pad(image, [n for sides in reversed(pad) for n in sides])  # by 0, as in training
+        with torch.no_grad(), torch.autocast(image.device.type, dtype=torch.bfloat16, enabled=self.amp):
+            out = self._ensemble(image, network).flatten(1, 2)
+        out = out[(slice(None), slice(None), *(slice(before, before + s) for (before, _), s in zip(pad, size)))]
         return MetaTensor(out).copy_meta_from(inputs) if isinstance(inputs, MetaTensor) else out
+
+    def _ensemble(self, image: Tensor, network: Callable) -> Tensor:
+        """Draw the members of an image (batch, channels, *field): (batch, members, classes, *field)."""
+        whole = tuple(image.shape[2:]) == self.roi_size
+        if getattr(self.scheduler, "is_stochastic", False) and not whole:
+            raise InputError(
+                f"{type(self.scheduler).__name__} draws noise at every step, which windows cannot share: an image of "
+                f"{list(image.shape[2:])} with roi_size={list(self.roi_size)} needs a sampler whose only noise is the "
+                "first: DDIMScheduler with eta=0, or DPMSolverPlusPlusScheduler."
+            )
+        context = self._encode(image, network) if whole else None
+        everyone = range(self.num_members)
+        size = self.num_members if self.agreement_threshold is None else self.member_batch_size
+        drawn: list[Tensor] = []
+        stable = _Stability(self.agreement_threshold)
+        for members in (everyone[i : i + size] for i in range(0, self.num_members, size)):
+            noise = self.noise(image.shape[2:], members).to(image)
+            if context is None:
+                drawn.append(self._windows(image, noise, members, network))
+            else:
+                drawn.append(self._denoise(noise.expand(image.shape[0], *noise.shape), members, context, network))
+            if stable(drawn[-1]):
+                break
+        return torch.cat(drawn, dim=1) if len(drawn) > 1 else drawn[0]
+
+    @staticmethod
+    def _encode(image: Tensor, network: Callable) -> Tensor | list[Tensor]:
+        encode = getattr(network, "encode_context", None)
+        return image if encode is None else encode(image)
+
+    def _windows(self, image: Tensor, noise: Tensor, members: range, network: Callable) -> Tensor:
+        """Cover a large field (batch, channels, *field) by windows, each with its piece of the field's noise."""
+        channels = image.shape[1]
+        noise = noise.flatten(0, 1).expand(image.shape[0], -1, *noise.shape[2:])
+
+        def segment(window: Tensor) -> Tensor:
+            context = self._encode(window[:, :channels], network)
+            x = window[:, channels:].unflatten(1, (len(members), self.num_classes))
+            return self._denoise(x, members, context, network).flatten(1, 2)
+
+        out: Any = self.window(torch.cat([image, noise], dim=1), segment)
+        return out.unflatten(1, (len(members), self.num_classes))
+
+    def _denoise(self, noise: Tensor, members: range, context: Tensor | list[Tensor], network: Callable) -> Tensor:
+        """Take noise (batch, members, classes, *roi) to probabilities, as many members at a time as memory allows."""
+        parts: list[Tensor] = []
+        done = 0
+        while done < len(members):
+            batch = slice(done, done + self.member_batch_size)
+            try:
+                parts.append(self._sample(noise[:, batch], members[batch], context, network))
+            except RuntimeError as error:  # CUDA's and MPS's are its subclasses, the CPU allocator's has no name
+                if self._halved or self.member_batch_size == 1 or "memory" not in str(error):
+                    raise
+                self._halved = True
+                self.member_batch_size //= 2
+                logger.warning(f"Out of memory: member_batch_size is now {self.member_batch_size}. {error}")
+                continue
+            done += parts[-1].shape[1]
+        return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+
+    def _sample(self, noise: Tensor, members: range, context: Tensor | list[Tensor], network: Callable) -> Tensor:
+        """Denoise members (batch, members, classes, *roi) all at once; returns probabilities of the same shape."""
+        shape = noise.shape
+        x = noise.flatten(0, 1)
+        if isinstance(context, Tensor):  # a network that takes the image itself
+            context = context.repeat_interleave(shape[1], dim=0)
+        self.scheduler.set_timesteps(self.num_steps)
+        stochastic = getattr(self.scheduler, "is_stochastic", False)
+        for i, t in enumerate(self.scheduler.timesteps, start=1):
+            out = network(x, torch.as_tensor(t, device=x.device).reshape(1), context)
+            more = {}
+            if stochastic:
+                more["noise"] = self.noise(shape[3:], members, i).to(x).repeat(shape[0], *[1] * (x.ndim - 1))
+            x, _ = self.scheduler.step(out.to(x.dtype), t, x, **more)
+            if self.progress is not None:
+                self.progress(len(x))
+        return ((x + 1) / 2).clamp(0, 1).reshape(shape)
+
+
+class _Stability:
+    """Tells when the mask of the mean of all members so far stops changing."""
+
+    def __init__(self, threshold: float | None) -> None:
+        self.threshold = threshold
+        self.total: Tensor | float = 0.0
+        self.members = 0
+        self.mask: Tensor | None = None
+
+    def __call__(self, members: Tensor) -> bool:
+        """Take further members (batch, members, classes, *spatial); True where they no longer change the mask."""
+        if self.threshold is None:
+            return False
+        self.total = self.total + members.sum(1)
+        self.members += members.shape[1]
+        before, self.mask = self.mask, self.total / self.members > 0.5
+        return before is not None and bool(
+            (compute_dice(self.mask, before, ignore_empty=False) >= self.threshold).all()
+        )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from monai.data import MetaTensor
@@ -46,17 +48,19 @@ def test_result_depends_neither_on_the_batch_nor_on_the_number_of_members_or_win
 
 
 def test_members_and_seeds_differ_but_cases_do_not():
-    noise = inferer().noise((8, 8)).unflatten(0, (3, 2))
-    assert not torch.equal(noise[0], noise[1])
-    assert torch.equal(noise, inferer().noise((8, 8)).unflatten(0, (3, 2)))
-    assert not torch.equal(noise, inferer(seed=1).noise((8, 8)).unflatten(0, (3, 2)))
+    noise = inferer().noise((8, 8))
+    assert noise.shape == (3, 2, 8, 8) and not torch.equal(noise[0], noise[1])
+    assert torch.equal(noise, inferer().noise((8, 8)))
+    assert torch.equal(noise[1:2], inferer().noise((8, 8), range(1, 2)))
+    assert not torch.equal(noise, inferer(seed=1).noise((8, 8)))
+    assert not torch.equal(noise, inferer().noise((8, 8), step=1))
 
 
 def test_windows_see_their_piece_of_one_noise_field():
     """A network that returns the noise it gets: what comes back is the field, without a seam."""
     seen = inferer(num_steps=1, num_members=2)
     out = seen(torch.zeros(1, 1, 20, 17), lambda x, timesteps, context: x.clamp(-1, 1))
-    expected = (seen.noise((20, 17)).clamp(-1, 1) + 1) / 2
+    expected = (seen.noise((20, 17)).flatten(0, 1).clamp(-1, 1) + 1) / 2
     torch.testing.assert_close(out[0], expected, atol=1e-5, rtol=0)
 
 
@@ -105,10 +109,85 @@ def test_padding_is_that_of_training(network):
     assert seen[0].shape == (3, 1, 8, 8) and (seen[0][:, :, :2] == 0).all() and (seen[0][:, :, 6:] == 0).all()
 
 
-def test_samplers_that_draw_noise_are_refused():
-    for scheduler in (DDPMScheduler(), DDIMScheduler(eta=1.0)):
-        with pytest.raises(InputError, match="draws noise at every step"):
-            DiffusionEnsembleInferer(scheduler, 1, (8, 8))
+STOCHASTIC = [lambda: DDPMScheduler(schedule="cosine"), lambda: DDIMScheduler(schedule="cosine", eta=1.0)]
+
+
+@pytest.mark.parametrize("make", STOCHASTIC)
+def test_noise_of_every_step_depends_on_the_member_alone(make, network):
+    settings = {"num_classes": 2, "roi_size": (8, 8), "num_steps": 3}
+    images = torch.rand(2, 1, 8, 8)
+    together = DiffusionEnsembleInferer(make(), num_members=3, **settings)(images, network)
+    few = DiffusionEnsembleInferer(make(), num_members=3, member_batch_size=2, **settings)
+    torch.testing.assert_close(few(images[1:], network), together[1:], atol=1e-5, rtol=0)
+    assert not torch.equal(together[:, :2], together[:, 2:4])
+    settings["num_steps"] = 1000  # the sampler really adds noise: a network that says 0 leaves more than DDIM does
+    for scheduler, lively in ((make(), True), (DDIMScheduler(schedule="cosine"), False)):
+        x = DiffusionEnsembleInferer(scheduler, num_members=1, **settings)
+        seen = []
+        x(images[:1], lambda x, timesteps, context, seen=seen: seen.append(x) or torch.zeros_like(x))
+        steps = torch.stack([b - a for a, b in pairwise(seen[400:501])])
+        assert (steps.std() > 0.01) == lively
+
+
+@pytest.mark.parametrize("make", STOCHASTIC)
+def test_samplers_that_draw_noise_are_refused_on_windows(make, network):
+    with pytest.raises(InputError, match=r"draws noise at every step.*roi_size=\[8, 8\].*eta=0"):
+        DiffusionEnsembleInferer(make(), 2, (8, 8))(torch.rand(1, 1, 9, 8), network)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (14, 9)])
+def test_running_out_of_memory_halves_the_members_at_a_time_once(size, network, caplog):
+    image = torch.rand(1, 1, *size)
+    expected = inferer(num_members=5)(image, network)
+
+    def crammed(limit):
+        def call(x, timesteps, context):
+            if len(x) > limit:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return network(x, timesteps, context)
+
+        return call
+
+    few = inferer(num_members=5)
+    torch.testing.assert_close(few(image, crammed(2)), expected, atol=1e-5, rtol=0)
+    assert few.member_batch_size == 2 and caplog.text.count("member_batch_size is now 2") == 1
+    with pytest.raises(torch.OutOfMemoryError):
+        inferer(num_members=5)(image, crammed(1))
+    with pytest.raises(RuntimeError, match="something else"):
+        inferer()(image, lambda *args: (_ for _ in ()).throw(RuntimeError("something else")))
+
+
+@pytest.mark.parametrize("size", [(8, 8), (14, 9)])
+def test_drawing_stops_when_the_mask_of_the_mean_is_stable(size, network):
+    image = torch.rand(1, 1, *size)
+    everyone = inferer(num_members=9)(image, network).unflatten(1, (9, 2))
+    counts = []
+    for threshold in (0.5, 0.9, 1.0):
+        out = inferer(num_members=9, agreement_threshold=threshold)(image, network).unflatten(1, (-1, 2))
+        torch.testing.assert_close(out, everyone[:, : out.shape[1]], atol=1e-5, rtol=0)
+        counts.append(out.shape[1])
+        masks = [everyone[:, :n].mean(1) > 0.5 for n in range(1, 10)]
+        agree = [bool((dice(a, b) >= threshold).all()) for a, b in pairwise(masks)]
+        assert counts[-1] == (agree.index(True) + 2 if any(agree) else 9)
+    assert counts == sorted(counts) and counts[0] < 9
+    constant = inferer(num_members=9, agreement_threshold=1.0)
+    assert constant(image, lambda x, timesteps, context: torch.ones_like(x)).shape[1] == 2 * 2
+
+
+def dice(a, b):
+    return 2 * (a & b).sum((2, 3)) / (a.sum((2, 3)) + b.sum((2, 3))).clamp(min=1) + ((a | b).sum((2, 3)) == 0)
+
+
+def test_progress_counts_every_pass(network):
+    passes = []
+    inferer(num_members=5, member_batch_size=2, progress=passes.append)(torch.rand(2, 1, 8, 8), network)
+    assert passes == [4, 4, 4, 4, 2, 2]
+
+
+@pytest.mark.parametrize("wrong", [{"num_members": 0}, {"member_batch_size": 0}, {"agreement_threshold": 1.5}])
+def test_numbers_out_of_range_are_refused(wrong):
+    with pytest.raises(InputError, match=next(iter(wrong))):
+        inferer(**wrong)
 
 
 @pytest.mark.parametrize("prediction", ["sample", "epsilon", "v_prediction"])
