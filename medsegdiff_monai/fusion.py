@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import combinations
+
 import itk
 import numpy as np
 import torch
@@ -9,15 +12,7 @@ from torch import Tensor
 
 from .errors import InputError
 
-__all__ = [
-    "FUSIONS",
-    "binary_entropy",
-    "check_fusion",
-    "fuse_members",
-    "mutual_information",
-    "predictive_entropy",
-    "staple",
-]
+__all__ = ["FUSIONS", "MemberSummary", "binary_entropy", "check_fusion", "staple"]
 
 
 MAX_ITERATIONS = 500  # masks that have something in common take about ten
@@ -73,64 +68,100 @@ def check_fusion(fusion: str) -> str:
     return fusion
 
 
-def _fuse_staple(members: Tensor) -> Tensor:
-    votes = (members > 0.5).cpu().numpy()
-    return torch.from_numpy(np.stack([staple(votes[:, k]) for k in range(votes.shape[1])])).to(members.device)
-
-
-def _fuse_mean(members: Tensor) -> Tensor:
-    return members.mean(0)
-
-
-def _fuse_vote(members: Tensor) -> Tensor:
-    return (members > 0.5).float().mean(0)
-
-
-FUSIONS = {"staple": _fuse_staple, "mean": _fuse_mean, "vote": _fuse_vote}
-
-
-def fuse_members(members: Tensor, fusion: str = "staple") -> Tensor:
-    """Fuse the members' probabilities.
-
-    Args:
-        members: (members, classes, *spatial), probabilities.
-        fusion: ``staple`` (of the masks, class by class), ``mean`` (of the probabilities) or ``vote`` (share of
-            members whose mask has the class).
-
-    Returns:
-        Fused probability (classes, *spatial), float32.
-
-    Raises:
-        InputError: for another ``fusion``.
-    """
-    return FUSIONS[check_fusion(fusion)](members.float())
-
-
 def binary_entropy(probability: Tensor) -> Tensor:
     """Entropy in bits of a binary variable with that probability."""
     return (torch.special.entr(probability) + torch.special.entr(1 - probability)) / np.log(2)
 
 
-def predictive_entropy(members: Tensor) -> Tensor:
-    """Entropy of the mean of the members, in bits: all uncertainty, of the data and among the members.
+class MemberSummary:
+    """What fusion and uncertainty need of an ensemble's members, gathered as they arrive.
+
+    Only the members' masks are kept, a byte a voxel and class; of their probabilities and entropies only the sums.
 
     Args:
-        members: (members, classes, *spatial), probabilities.
+        members: probabilities of each member, (classes, *spatial), on one device.
 
-    Returns:
-        (*spatial) in [0, 1]: the entropy of the class that is least certain.
+    Raises:
+        InputError: where there are no members.
     """
-    return binary_entropy(members.float().mean(0)).amax(0)
+
+    def __init__(self, members: Iterable[Tensor]) -> None:
+        votes: list[Tensor] = []
+        for member in members:
+            member = member.float()
+            if not votes:
+                self._probability, self._entropy = torch.zeros_like(member), torch.zeros_like(member)
+            self._probability += member
+            self._entropy += binary_entropy(member)
+            votes.append(member > 0.5)
+        if not votes:
+            raise InputError("an ensemble without members cannot be fused: num_members must be at least 1.")
+        self.votes = torch.stack(votes)  # (members, classes, *spatial)
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean of the members' probabilities, (classes, *spatial)."""
+        return self._probability / len(self.votes)
+
+    def fuse(self, fusion: str = "staple") -> Tensor:
+        """Fuse the members.
+
+        Args:
+            fusion: ``staple`` (of the masks, class by class), ``mean`` (of the probabilities) or ``vote`` (share of
+                members whose mask has the class).
+
+        Returns:
+            Fused probability (classes, *spatial), float32.
+
+        Raises:
+            InputError: for another ``fusion``.
+        """
+        return FUSIONS[check_fusion(fusion)](self)
+
+    def predictive_entropy(self) -> Tensor:
+        """Entropy of the members' mean, in bits: all uncertainty, of the data and among the members.
+
+        Returns:
+            (*spatial) in [0, 1]: the entropy of the class that is least certain.
+        """
+        return binary_entropy(self.mean).amax(0)
+
+    def mutual_information(self) -> Tensor:
+        """Entropy of the mean minus mean of the entropies, in bits: how far the members disagree.
+
+        Returns:
+            (*spatial) in [0, 1], the largest over the classes; 0 where the members agree.
+        """
+        return (binary_entropy(self.mean) - self._entropy / len(self.votes)).clamp(min=0).amax(0)
+
+    def sizes(self) -> Tensor:
+        """Number of voxels of each member's mask, (members, classes), float64."""
+        return self.votes.flatten(2).sum(2).double()
+
+    def pairwise_dice(self) -> Tensor:
+        """Mean Dice over all pairs of members, (classes,), float64; two empty masks agree, one member gives NaN."""
+        sizes = self.sizes()
+        pairs = list(combinations(range(len(self.votes)), 2))
+        scores = torch.full((len(pairs), sizes.shape[1]), float("nan"), dtype=torch.float64)
+        for score, (a, b) in zip(scores, pairs):
+            common = (self.votes[a] & self.votes[b]).flatten(1).sum(1)
+            total = sizes[a] + sizes[b]
+            score.copy_(torch.where(total > 0, 2 * common / total.clamp(min=1), 1.0))
+        return scores.mean(0)
 
 
-def mutual_information(members: Tensor) -> Tensor:
-    """Entropy of the mean minus mean of the entropies, in bits: how far the members disagree.
+def _fuse_staple(members: MemberSummary) -> Tensor:
+    votes = members.votes.cpu().numpy()
+    fused = np.stack([staple(votes[:, k]) for k in range(votes.shape[1])])
+    return torch.from_numpy(fused).to(members.votes.device)
 
-    Args:
-        members: (members, classes, *spatial), probabilities.
 
-    Returns:
-        (*spatial) in [0, 1], the largest over the classes; 0 where the members agree.
-    """
-    members = members.float()
-    return (binary_entropy(members.mean(0)) - binary_entropy(members).mean(0)).clamp(min=0).amax(0)
+def _fuse_mean(members: MemberSummary) -> Tensor:
+    return members.mean
+
+
+def _fuse_vote(members: MemberSummary) -> Tensor:
+    return members.votes.float().mean(0)
+
+
+FUSIONS = {"staple": _fuse_staple, "mean": _fuse_mean, "vote": _fuse_vote}

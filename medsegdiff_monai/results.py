@@ -17,7 +17,7 @@ import torch
 from ignite.engine import Engine, Events
 from monai.data import MetaTensor
 from monai.data.utils import to_affine_nd
-from monai.metrics import compute_dice, compute_iou
+from monai.metrics import CalibrationErrorMetric, compute_dice, compute_iou
 from monai.transforms import EnsureChannelFirst, LoadImage
 from PIL import Image
 from torch import Tensor
@@ -149,7 +149,8 @@ class CaseWriter:
 
     ``<output_dir>/<case>/<case>_seg.nii.gz``, ``_prob.nii.gz``, ``_uncertainty_entropy.nii.gz``,
     ``_uncertainty_mi.nii.gz``, ``_overlay.png``, ``_seg.png`` where the input was PNG, JPEG or BMP; and a row in
-    ``<output_dir>/cases.csv``: size of each class, mean uncertainty, seconds, and Dice and IoU where there is a label.
+    ``<output_dir>/cases.csv``: size of each class and its standard deviation over the members, mean uncertainty, mean
+    Dice over pairs of members, seconds, and Dice, IoU and expected calibration error where there is a label.
 
     Args:
         output_dir: folder to write to.
@@ -199,7 +200,7 @@ class CaseWriter:
 
     def _summarise(self, engine: Engine) -> None:
         """Log mean and standard deviation of the scores over the cases of this run."""
-        for key in dict.fromkeys(k for row in self._fresh for k in row if k.startswith(("dice_", "iou_"))):
+        for key in dict.fromkeys(k for row in self._fresh for k in row if k.startswith(("dice_", "iou_", "ece_"))):
             values = np.array([row[key] for row in self._fresh if key in row])
             logger.info(f"{key}: {values.mean():.4f} (std {values.std():.4f}, {len(values)} cases)")
         logger.info(f"Results of {len(self._fresh)} cases are in {self.output_dir}")
@@ -210,11 +211,13 @@ class CaseWriter:
         image: Any = self._channel_first(self._read(source))  # in its own grid, as the results are
         affine = np.asarray(to_affine_nd(3, image.affine), dtype=np.float64)  # ITK's is 3 x 3 in 2D
         label = output["label"] if isinstance(output.get("label"), Tensor) else None
-        row = {"case": case, "source": source, **self._sizes(output["mask"], affine), "seconds": round(seconds, 3)}
+        row = {"case": case, "source": source, **self._sizes(output, affine), "seconds": round(seconds, 3)}
         for name in ("uncertainty_entropy", "uncertainty_mi"):
             row[f"mean_{name}"] = round(float(output[name].mean()), 6)
+        if len(output["member_sizes"]) > 1:
+            row["mean_pairwise_dice"] = round(float(output["pairwise_dice"].mean()), 6)
         if label is not None:
-            row.update(self._scores(output["mask"], label))
+            row.update(self._scores(output, label))
         self._write_files(case, source, image, affine, output, label, row)
         self._fresh.append(row)
         self.rows[case] = row
@@ -224,18 +227,27 @@ class CaseWriter:
         table.writerows(self.rows.values())
         write_atomically(self.output_dir / "cases.csv", text.getvalue().encode())
 
-    def _sizes(self, masks: Tensor, affine: np.ndarray) -> dict[str, float]:
+    def _sizes(self, output: Mapping[str, Tensor], affine: np.ndarray) -> dict[str, float]:
+        """Size of each class, and its standard deviation over the members where there are several."""
+        masks, members = output["mask"], output["member_sizes"]
         dims = masks.ndim - 1
         unit = float(np.prod(nib.affines.voxel_sizes(affine)[:dims]))
         kind = "area_mm2" if dims == 2 else "volume_mm3"
-        return {f"{kind}_{n}": round(float(m.sum()) * unit, 3) for n, m in zip(self.regions.names, masks)}
+        sizes = {f"{kind}_{n}": round(float(m.sum()) * unit, 3) for n, m in zip(self.regions.names, masks)}
+        if len(members) > 1:
+            spread = members.std(0) * masks[0].numel() * unit
+            sizes.update({f"{kind}_std_{n}": round(float(s), 3) for n, s in zip(self.regions.names, spread)})
+        return sizes
 
-    def _scores(self, masks: Tensor, label: Tensor) -> dict[str, float]:
-        scores = {}
-        for metric, compute in (("dice", compute_dice), ("iou", compute_iou)):
-            values = compute(masks[None], label[None], include_background=True, ignore_empty=False)[0]
-            scores.update({f"{metric}_{n}": round(float(v), 6) for n, v in zip(self.regions.names, values)})
-        return scores
+    def _scores(self, output: Mapping[str, Tensor], label: Tensor) -> dict[str, float]:
+        """Dice and IoU of the mask, and the expected calibration error of the members' mean, for each class."""
+        mask, truth = output["mask"][None], label[None]
+        values = {
+            "dice": compute_dice(mask, truth, ignore_empty=False),
+            "iou": compute_iou(mask, truth, ignore_empty=False),
+            "ece": CalibrationErrorMetric()(y_pred=output["mean_prob"][None], y=truth),
+        }
+        return {f"{k}_{n}": round(float(v), 6) for k, row in values.items() for n, v in zip(self.regions.names, row[0])}
 
     def _write_files(
         self,

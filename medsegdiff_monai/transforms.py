@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from itertools import chain
 
 import torch
 from monai.config import KeysCollection
@@ -11,7 +12,7 @@ from monai.transforms import ClipIntensityPercentiles, Compose, MapTransform, No
 from torch import Tensor
 
 from .errors import InputError
-from .fusion import check_fusion, fuse_members, mutual_information, predictive_entropy
+from .fusion import MemberSummary, check_fusion
 
 __all__ = ["FuseMembersd", "LabelsToRegionsd", "NormalizeImaged", "Regions"]
 
@@ -130,18 +131,24 @@ class LabelsToRegionsd(MapTransform):
 class FuseMembersd(MapTransform):
     """Fuse the members of an ensemble into mask, probability and uncertainty; thresholding comes last.
 
-    Reads ``pred`` (members * classes, *spatial), the classes of a member in a row, and writes
+    Reads ``pred`` (members * classes, *spatial), the classes of a member in a row, takes one member after the other
+    back to the grid of the input, and writes
 
     - ``pred``: label map (1, *spatial), uint8;
     - ``mask``: one channel for each class, in {0, 1};
     - ``prob``: fused probability of each class;
-    - ``uncertainty_entropy`` and ``uncertainty_mi``: (1, *spatial), bits (:mod:`medsegdiff_monai.fusion`).
+    - ``mean_prob``: mean of the members' probabilities, which is what calibration is measured on;
+    - ``uncertainty_entropy`` and ``uncertainty_mi``: (1, *spatial), bits (:mod:`medsegdiff_monai.fusion`);
+    - ``member_sizes`` (members, classes): share of the voxels that each member's mask fills;
+    - ``pairwise_dice`` (classes,): mean Dice over pairs of members.
 
     Args:
         keys: the key to read, usually ``pred``.
         num_classes: number of foreground classes.
         regions: see :class:`Regions`.
         fusion: ``staple``, ``mean`` or ``vote``.
+        invert: undoes the preprocessing of the image for the same key, such as MONAI's ``Invertd``. It gets one member
+            at a time, so that not all of them are in memory on the input's grid.
     """
 
     def __init__(
@@ -150,28 +157,45 @@ class FuseMembersd(MapTransform):
         num_classes: int,
         regions: Mapping[str, Sequence[int]] | None = None,
         fusion: str = "staple",
+        invert: Callable[[dict], dict] | None = None,
     ) -> None:
         super().__init__(keys)
         self.regions = Regions(num_classes, regions)
         self.num_classes = num_classes
         self.fusion = check_fusion(fusion)
+        self.invert = invert
 
     def __call__(self, data: Mapping[Hashable, Tensor]) -> dict[Hashable, Tensor]:
         """Return a copy of ``data`` with the results."""
         d = dict(data)
         for key in self.key_iterator(d):
-            source = d[key]
-            plain = source.as_tensor() if isinstance(source, MetaTensor) else source
-            members = plain.unflatten(0, (-1, self.num_classes)).clamp(0, 1)
-            probability = fuse_members(members, self.fusion)
-            masks = self.regions.binarise(probability)
-            results = {
-                key: self.regions.label_map(masks),
-                "mask": masks.float(),
-                "prob": probability,
-                "uncertainty_entropy": predictive_entropy(members)[None],
-                "uncertainty_mi": mutual_information(members)[None],
-            }
-            for name, value in results.items():
-                d[name] = MetaTensor(value).copy_meta_from(source) if isinstance(source, MetaTensor) else value
+            d.update(self._fuse(d, key))
         return d
+
+    def _fuse(self, data: dict[Hashable, Tensor], key: Hashable) -> dict[Hashable, Tensor]:
+        members = (self._member(data, key, member) for member in data[key].split(self.num_classes))
+        first = next(members)
+        summary = MemberSummary(m.as_tensor() if isinstance(m, MetaTensor) else m for m in chain([first], members))
+        probability = summary.fuse(self.fusion)
+        masks = self.regions.binarise(probability)
+        maps = {
+            key: self.regions.label_map(masks),
+            "mask": masks.float(),
+            "prob": probability,
+            "mean_prob": summary.mean,
+            "uncertainty_entropy": summary.predictive_entropy()[None],
+            "uncertainty_mi": summary.mutual_information()[None],
+        }
+        if isinstance(first, MetaTensor):
+            maps = {name: MetaTensor(value).copy_meta_from(first) for name, value in maps.items()}
+        return {
+            **maps,
+            "member_sizes": summary.sizes() / probability[0].numel(),
+            "pairwise_dice": summary.pairwise_dice(),
+        }
+
+    def _member(self, data: dict[Hashable, Tensor], key: Hashable, member: Tensor) -> Tensor:
+        """A member's probabilities (classes, *spatial) on the grid of the input."""
+        if self.invert is not None:
+            member = self.invert({**data, key: member})[key]
+        return member.clamp(0, 1)  # interpolation may overshoot

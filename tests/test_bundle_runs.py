@@ -33,7 +33,9 @@ def test_volumes_train_evaluate_infer_and_keep_their_geometry(bundle, volumes):
     assert (training / "curves.png").is_file() and "val_mean_dice" in (training / "history.csv").read_text()
 
     (row,) = read_table(bundle("evaluate", **settings))
-    assert {"dice_class_1", "dice_class_2", "iou_class_1", "volume_mm3_class_1", "seconds"} <= set(row)
+    scores = {"dice_class_1", "dice_class_2", "iou_class_1", "ece_class_2"}
+    assert scores | {"volume_mm3_class_1", "volume_mm3_std_class_1", "mean_pairwise_dice", "seconds"} <= set(row)
+    assert all(0 <= float(row[name]) <= 1 for name in scores | {"mean_pairwise_dice"})
 
     out = bundle("inference", **settings)
     source = nib.load(volumes / "image_4.nii.gz")

@@ -9,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from medsegdiff_monai.fusion import binary_entropy, fuse_members, mutual_information, predictive_entropy, staple
+from medsegdiff_monai.errors import InputError
+from medsegdiff_monai.fusion import MemberSummary, binary_entropy, staple
+from medsegdiff_monai.transforms import FuseMembersd
 
 
 def em(votes: np.ndarray, steps: int = 20000) -> np.ndarray:
@@ -81,10 +83,10 @@ def test_staple_is_finite_keeps_agreement_and_ignores_the_order(votes, random):
 
 def test_mean_and_vote():
     members = torch.tensor([[[0.9, 0.2]], [[0.4, 0.1]], [[0.8, 0.6]]])[..., None]
-    torch.testing.assert_close(fuse_members(members, "mean")[0, :, 0], torch.tensor([0.7, 0.3]))
-    torch.testing.assert_close(fuse_members(members, "vote")[0, :, 0], torch.tensor([2 / 3, 1 / 3]))
+    torch.testing.assert_close(MemberSummary(members).fuse("mean")[0, :, 0], torch.tensor([0.7, 0.3]))
+    torch.testing.assert_close(MemberSummary(members).fuse("vote")[0, :, 0], torch.tensor([2 / 3, 1 / 3]))
     one = members[:1]
-    torch.testing.assert_close(fuse_members(one, "staple"), (one[0] > 0.5).float())
+    torch.testing.assert_close(MemberSummary(one).fuse("staple"), (one[0] > 0.5).float())
 
 
 def test_entropies():
@@ -92,9 +94,37 @@ def test_entropies():
     split = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1)  # sure, and of different minds
     unsure = torch.full((2, 1, 1, 1), 0.5)  # of one mind that it cannot be told
     for members, entropy, information in ((split, 1.0, 1.0), (unsure, 1.0, 0.0)):
-        assert predictive_entropy(members).item() == pytest.approx(entropy)
-        assert mutual_information(members).item() == pytest.approx(information, abs=1e-6)
+        assert MemberSummary(members).predictive_entropy().item() == pytest.approx(entropy)
+        assert MemberSummary(members).mutual_information().item() == pytest.approx(information, abs=1e-6)
     p = torch.tensor([0.2, 0.7, 0.9], dtype=torch.float64)
     h = lambda x: -x * np.log2(x) - (1 - x) * np.log2(1 - x)  # noqa: E731
     expected = h(float(p.mean())) - float(h(p.numpy()).mean())
-    assert mutual_information(p.view(3, 1, 1, 1)).item() == pytest.approx(expected, abs=1e-6)
+    assert MemberSummary(p.view(3, 1, 1, 1)).mutual_information().item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_spread_among_members():
+    members = torch.zeros(3, 2, 4, 4)
+    members[0, 0, :2] = members[1, 0, :2] = 0.9
+    members[2, 0, :1] = 0.7
+    summary = MemberSummary(iter(members))
+    assert summary.sizes().tolist() == [[8, 0], [8, 0], [4, 0]]
+    torch.testing.assert_close(summary.pairwise_dice(), torch.tensor([(1 + 2 / 3 + 2 / 3) / 3, 1.0]).double())
+    assert MemberSummary(members[:1]).pairwise_dice().isnan().all()
+    with pytest.raises(InputError, match="num_members"):
+        MemberSummary([])
+
+
+def test_members_are_inverted_one_by_one():
+    """What comes out is the same as when all of them are taken back at once; only one is at a time."""
+    pred = torch.rand(6, 5, 7)
+    together = FuseMembersd("pred", 2, fusion="mean")({"pred": pred.flip(1)})
+    seen = []
+
+    def invert(data):
+        seen.append(data["pred"].shape)
+        return {**data, "pred": data["pred"].flip(1) + 0}
+
+    single = FuseMembersd("pred", 2, fusion="mean", invert=invert)({"pred": pred})
+    assert seen == [(2, 5, 7)] * 3
+    for name, value in together.items():
+        torch.testing.assert_close(single[name], value)
