@@ -14,7 +14,7 @@ from torch import Tensor
 from .errors import InputError
 from .fusion import MemberSummary, check_fusion
 
-__all__ = ["FuseMembersd", "LabelsToRegionsd", "NormalizeImaged", "Regions"]
+__all__ = ["FuseMembersd", "LabelsToRegionsd", "NormalizeImaged", "Regions", "num_labels"]
 
 
 class Regions:
@@ -67,6 +67,11 @@ class Regions:
         for i, mask in enumerate(masks):
             label[0][mask > 0] = i + 1
         return label
+
+
+def num_labels(num_classes: int, regions: Mapping[str, Sequence[int]] | None = None) -> int:
+    """Return the number of values of a label map that :class:`Regions` describes: the largest one plus background."""
+    return max(Regions(num_classes, regions).labels) + 1
 
 
 class NormalizeImaged(MapTransform):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from medsegdiff_monai.data import DataSpec, evaluation_items, inference_items, training_splits
+from medsegdiff_monai.data import DataSpec, evaluation_items, inference_items, training_sampler, training_splits
 from medsegdiff_monai.data.datalist import case_names
 from medsegdiff_monai.errors import InputError
 from medsegdiff_monai.transforms import LabelsToRegionsd, NormalizeImaged, Regions
@@ -114,3 +116,24 @@ def test_images_are_normalised_each_by_itself_or_all_by_one_range():
     torch.testing.assert_close(shared, ((image + 5) / 305).clip(0, 1) * 2 - 1)
     with pytest.raises(InputError, match="intensity_range"):
         NormalizeImaged("image", intensity_range=[3, 3])
+
+
+def drawn(sampler):
+    indices = [i for _ in range(200) for i in sampler]
+    return sum(i < 2 for i in indices) / len(indices)
+
+
+def test_cases_with_foreground_are_seen_often_enough():
+    items = [{"foreground": True}] * 2 + [{"foreground": False}] * 8
+    assert drawn(training_sampler(items)) == pytest.approx(0.5, abs=0.04)
+    assert drawn(training_sampler(items, 0.8)) == pytest.approx(0.8, abs=0.04)
+    for plain in (items[:3], [{}] * 10, [{"foreground": False}] * 4):
+        assert sorted(training_sampler(plain)) == list(range(len(plain)))
+
+
+def test_checked_lists_say_which_cases_have_foreground(tmp_path):
+    make_png_dataset(tmp_path, cases=5)
+    Image.fromarray(np.zeros((30, 22), np.uint8)).save(tmp_path / "label_0.png")
+    splits = training_splits(str(tmp_path), RGB)
+    found = {item["case"]: item["foreground"] for items in splits.values() for item in items}
+    assert found == {"image_0": False, "image_1": True, "image_2": True, "image_3": True}

@@ -2,5 +2,14 @@
 
 from .checks import DataSpec, check_items
 from .datalist import CaseList, evaluation_items, inference_items, training_splits
+from .sampling import training_sampler
 
-__all__ = ["CaseList", "DataSpec", "check_items", "evaluation_items", "inference_items", "training_splits"]
+__all__ = [
+    "CaseList",
+    "DataSpec",
+    "check_items",
+    "evaluation_items",
+    "inference_items",
+    "training_sampler",
+    "training_splits",
+]

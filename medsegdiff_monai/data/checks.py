@@ -62,7 +62,8 @@ def _check_image(path: str | Sequence[str], spec: DataSpec) -> MetaTensor:
     return image
 
 
-def _check_label(path: str, image: MetaTensor, spec: DataSpec, regions: Regions) -> None:
+def _check_label(path: str, image: MetaTensor, spec: DataSpec, regions: Regions) -> bool:
+    """Check a label map; returns whether it has any foreground."""
     label = load_image(path)
     if label.shape[0] != 1:
         raise InputError(
@@ -72,19 +73,21 @@ def _check_label(path: str, image: MetaTensor, spec: DataSpec, regions: Regions)
         raise InputError(
             f"{path}: label of size {list(label.shape[1:])}, image of size {list(image.shape[1:])}: they must be equal."
         )
-    unknown = sorted(set(torch.unique(label.as_tensor()).tolist()) - regions.labels)
+    values = set(torch.unique(label.as_tensor()).tolist())
+    unknown = sorted(values - regions.labels)
     if unknown:
         shown = ", ".join(f"{value:g}" for value in unknown[:5])
         raise InputError(
             f"{path}: holds the values {shown}, declared are {sorted(regions.labels)} (num_classes={spec.num_classes}"
             f"{', regions' if spec.regions else ''}): set --num_classes or --regions, or correct the file."
         )
+    return values != {0}
 
 
-def _faults(items: Sequence[Mapping[str, Any]], check: Callable[[Mapping[str, Any]], None]) -> list[InputError | None]:
+def _faults(items: Sequence[dict[str, Any]], check: Callable[[dict[str, Any]], None]) -> list[InputError | None]:
     """Check all items, several at a time, with a progress bar; an error or None for each."""
 
-    def attempt(item: Mapping[str, Any]) -> InputError | None:
+    def attempt(item: dict[str, Any]) -> InputError | None:
         try:
             check(item)
         except InputError as error:
@@ -96,11 +99,12 @@ def _faults(items: Sequence[Mapping[str, Any]], check: Callable[[Mapping[str, An
         return list(tqdm(pool.map(attempt, items), total=len(items), desc="Check data", disable=len(items) < 20))
 
 
-def check_items(items: Sequence[Mapping[str, Any]], spec: DataSpec, labelled: bool) -> list[InputError | None]:
+def check_items(items: Sequence[dict[str, Any]], spec: DataSpec, labelled: bool) -> list[InputError | None]:
     """Read every file of a data list and check it against the config variables.
 
     Args:
-        items: data list with ``image`` (a file, a DICOM folder, or several files to stack) and ``label``.
+        items: data list with ``image`` (a file, a DICOM folder, or several files to stack) and ``label``. Labelled
+            items get the key ``foreground``: whether the label has any.
         spec: what the config variables say.
         labelled: whether labels are needed.
 
@@ -109,14 +113,14 @@ def check_items(items: Sequence[Mapping[str, Any]], spec: DataSpec, labelled: bo
     """
     regions = Regions(spec.num_classes, spec.regions)
 
-    def check(item: Mapping[str, Any]) -> None:
+    def check(item: dict[str, Any]) -> None:
         if labelled and "label" not in item:
             raise InputError(
                 f"{first_file(item['image'])}: has no label in the data list: add it, or take the case out."
             )
         image = _check_image(item["image"], spec)
         if labelled:
-            _check_label(item["label"], image, spec, regions)
+            item["foreground"] = _check_label(item["label"], image, spec, regions)
 
     return _faults(items, check)
 

@@ -135,7 +135,8 @@ def case_names(images: Sequence[str | Sequence[str]]) -> list[str]:
 
 def _named(items: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     names = case_names([item["image"] for item in items])
-    return [{**{k: item[k] for k in ("image", "label") if k in item}, "case": n} for item, n in zip(items, names)]
+    keep = ("image", "label", "foreground")
+    return [{**{k: item[k] for k in keep if k in item}, "case": n} for item, n in zip(items, names)]
 
 
 def hold_out(items: list[dict[str, Any]], seed: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

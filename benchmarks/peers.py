@@ -1,0 +1,166 @@
+"""Other methods on the same data: a U-Net, MONAI's diffusion U-Net, and ``med-seg-diff-pytorch``.
+
+Each is trained for the same wall-clock time with the bundle's own loader (and so its augmentation), AdamW, cosine decay
+over the time, and averaged weights. ``pip install -e '.[benchmarks]'`` and, for the last one,
+``pip install --no-deps med-seg-diff-pytorch`` (its code needs less than it declares).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from monai.bundle import ConfigParser
+from monai.inferers import DiffusionInferer
+from monai.networks.nets import DiffusionModelUNet, UNet
+from monai.networks.schedulers import DDIMScheduler, DDPMScheduler
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from medsegdiff_monai.losses import DiffusionSegmentationLoss
+
+__all__ = ["PEERS", "Peer", "parameters", "train"]
+
+MONAI_STEPS = 50
+PEER_STEPS = 250  # what the public code recommends
+WARM_UP = 200  # iterations before weights are averaged
+
+
+@dataclass
+class Peer:
+    """A method that segments.
+
+    Attributes:
+        module: what is trained.
+        loss: loss of images (batch, channels, *spatial) and masks (batch, classes, *spatial) in {0, 1}.
+        segment: probabilities of images, given the trained module.
+        passes: network passes per image.
+    """
+
+    module: nn.Module
+    loss: Callable[[Tensor, Tensor], Tensor]
+    segment: Callable[[nn.Module, Tensor], Tensor]
+    passes: int
+
+
+def parameters(net: nn.Module) -> float:
+    """Return the number of parameters in 10^6."""
+    return sum(p.numel() for p in net.parameters()) / 1e6
+
+
+def unet(parser: ConfigParser) -> Peer:
+    """MONAI's ``UNet`` with residual units, as wide as it takes to have about the parameters of our network."""
+    levels = len(parser["channels"])
+    target = parameters(parser.get_parsed_content("network_def"))
+
+    def build(width: int) -> UNet:
+        channels = [width * 2**i for i in range(levels)]
+        return UNet(
+            parser["spatial_dims"],
+            parser["in_channels"],
+            parser["num_classes"],
+            channels,
+            strides=[2] * (levels - 1),
+            num_res_units=2,
+        )
+
+    net = build(min(range(8, 97, 4), key=lambda width: abs(parameters(build(width)) - target)))
+    loss = DiffusionSegmentationLoss()  # Dice and cross-entropy of logits
+    return Peer(net, lambda image, mask: loss(net(image), mask), lambda trained, image: trained(image).sigmoid(), 1)
+
+
+def monai_diffusion(parser: ConfigParser) -> Peer:
+    """MONAI's ``DiffusionModelUNet`` of our width on mask and image, epsilon-MSE, sampled by its own DDIM."""
+    net = DiffusionModelUNet(
+        spatial_dims=parser["spatial_dims"],
+        in_channels=parser["in_channels"] + parser["num_classes"],
+        out_channels=parser["num_classes"],
+        channels=parser["channels"],
+        num_res_blocks=parser["num_res_blocks"],
+        attention_levels=[False] * len(parser["channels"]),
+        norm_num_groups=math.gcd(*parser["channels"]),
+        num_head_channels=parser["num_head_channels"],
+    )
+    inferer = DiffusionInferer(DDPMScheduler(num_train_timesteps=1000))
+    sampler = DDIMScheduler(num_train_timesteps=1000)
+    sampler.set_timesteps(MONAI_STEPS)
+
+    def loss(image: Tensor, mask: Tensor) -> Tensor:
+        noise, timesteps = torch.randn_like(mask), torch.randint(0, 1000, (len(mask),))
+        out = inferer(2 * mask - 1, net, noise, timesteps, condition=image, mode="concat")
+        return (out - noise).square().mean()
+
+    def segment(trained: nn.Module, image: Tensor) -> Tensor:
+        noise = torch.randn(len(image), parser["num_classes"], *image.shape[2:])
+        out = inferer.sample(noise, trained, sampler, conditioning=image, mode="concat", verbose=False)
+        return ((out + 1) / 2).clamp(0, 1)
+
+    return Peer(net, loss, segment, MONAI_STEPS)
+
+
+def med_seg_diff_pytorch(parser: ConfigParser) -> Peer:
+    """The class ``MedSegDiff`` of ``med-seg-diff-pytorch`` at our width: epsilon-MSE, T = 1000, its own sampler."""
+    os.environ["TQDM_DISABLE"] = "1"  # a bar for each image
+    from med_seg_diff_pytorch import MedSegDiff, Unet
+
+    channels = parser["channels"]
+    net = Unet(
+        dim=channels[0],
+        dim_mults=tuple(c // channels[0] for c in channels),
+        full_self_attn=(*[False] * (len(channels) - 1), True),
+        image_size=parser["roi_size"][0],
+        mask_channels=parser["num_classes"],
+        input_img_channels=parser["in_channels"],
+    )
+    diffusion = MedSegDiff(net, timesteps=1000, sampling_timesteps=PEER_STEPS)
+
+    def segment(trained: nn.Module, image: Tensor) -> Tensor:
+        return trained.sample(image).clamp(0, 1)
+
+    return Peer(diffusion, lambda image, mask: diffusion(mask, image), segment, PEER_STEPS)
+
+
+PEERS = {
+    "MONAI UNet": unet,
+    "MONAI DiffusionModelUNet": monai_diffusion,
+    "med-seg-diff-pytorch": med_seg_diff_pytorch,
+}
+
+
+def train(peer: Peer, loader: Iterable, seconds: float, lr: float, weights: Path) -> nn.Module:
+    """Train a peer for some seconds and return its averaged weights; what an earlier run has written is read.
+
+    Args:
+        peer: what to train.
+        loader: batches with ``image`` and ``label``.
+        seconds: wall-clock time.
+        lr: first learning rate.
+        weights: file of the weights.
+    """
+    average = AveragedModel(peer.module, multi_avg_fn=get_ema_multi_avg_fn(0.999), use_buffers=True)
+    if not weights.is_file():
+        optimizer = torch.optim.AdamW(peer.module.parameters(), lr=lr)
+        start, step = time.perf_counter(), 0
+        while (elapsed := time.perf_counter() - start) < seconds:
+            for batch in loader:
+                for group in optimizer.param_groups:
+                    group["lr"] = lr * (1 + math.cos(math.pi * min(1, elapsed / seconds))) / 2
+                optimizer.zero_grad()
+                peer.loss(batch["image"].as_tensor(), batch["label"].as_tensor()).backward()
+                optimizer.step()
+                if step == WARM_UP:  # what came before would only hold the average back
+                    average.module.load_state_dict(peer.module.state_dict())
+                average.update_parameters(peer.module)
+                step += 1
+                elapsed = time.perf_counter() - start
+                if elapsed >= seconds:
+                    break
+        weights.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(average.module.state_dict(), weights)
+    average.module.load_state_dict(torch.load(weights, weights_only=True))
+    return average.module.eval()

@@ -1,0 +1,377 @@
+"""Dice and cost of members × steps × sampler on one trained network, beside other methods on the same data.
+
+``python -m benchmarks.sampling --dataset_dir DIR`` trains the network through the bundle, trains the peers (see
+``benchmarks.peers``) for the same time, and writes ``sampling.md``, ``sampling.csv`` and ``sampling.png``. Weights and
+finished rows are kept in ``--work_dir``; a rerun goes on from them. A pass is one image × one member × one step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from monai.bundle import ConfigParser
+from monai.metrics import compute_dice
+from monai.utils import set_determinism
+from torch import Tensor, nn
+
+from medsegdiff_monai.data import DataSpec
+from medsegdiff_monai.schedulers import DDIMScheduler, DDPMScheduler, DPMSolverPlusPlusScheduler
+
+from .peers import PEERS, parameters, train
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = ROOT / "bundle" / "configs"
+SAMPLERS = {"DDIM": DDIMScheduler, "DPM-Solver++ 2M": DPMSolverPlusPlusScheduler, "DDPM": DDPMScheduler}
+STEPS = (1, 2, 5, 10, 20, 50, 100)
+MEMBERS = (1, 5, 25)
+COLUMNS = ("method", "parameters_m", "sampler", "steps", "members", "passes", "dice", "std", "seconds", "memory_mb")
+ROUNDS = 5  # of timing
+
+
+@dataclass
+class Setting:
+    """Where things are and what the network was trained with."""
+
+    dataset_dir: str
+    overlay: str
+    roi_size: list[int]
+    epochs: int
+    cases: int
+    seed: int
+    work_dir: Path
+    output_dir: Path
+    seconds: float = field(default=0.0)
+
+    def files(self, name: str) -> list[str]:
+        """Config and overlay."""
+        return [str(CONFIGS / f"{name}.json"), str(CONFIGS / "datasets" / f"{self.overlay}.json")]
+
+    def parser(self, name: str) -> ConfigParser:
+        """Return a bundle config under the overlay."""
+        parser = ConfigParser()
+        parser.read_config(self.files(name))
+        parser.update(
+            {
+                "bundle_root": str(ROOT / "bundle"),
+                "dataset_dir": self.dataset_dir,
+                "ckpt_dir": str(self.work_dir / "models"),
+                "roi_size": self.roi_size,
+                "device": "cpu",
+                "seed": self.seed,
+            }
+        )
+        return parser
+
+
+class Rows:
+    """Finished rows, kept in a file that a rerun reads."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+    def has(self, **key: object) -> bool:
+        """Whether there is a row with these values."""
+        return any(all(row.get(k) == v for k, v in key.items()) for row in self.rows)
+
+    def add(self, **row: Any) -> None:
+        """Keep a row."""
+        self.rows.append(row)
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(json.dumps(row), flush=True)
+
+
+def train_ours(setting: Setting) -> float:
+    """Train through the bundle unless the weights are there; returns the seconds it took."""
+    done = setting.work_dir / "trained.json"
+    if not done.is_file():
+        command = ["-m", "monai.bundle", "run", "training", "--config_file", str(setting.files("train"))]
+        for name, value in {
+            "bundle_root": ROOT / "bundle",
+            "dataset_dir": setting.dataset_dir,
+            "ckpt_dir": setting.work_dir / "models",
+            "output_dir": setting.work_dir / "train",
+            "roi_size": setting.roi_size,
+            "max_epochs": setting.epochs,
+            "val_interval": setting.epochs,
+            "seed": setting.seed,
+            "device": "cpu",
+        }.items():
+            command += [f"--{name}", str(value)]
+        start = time.perf_counter()
+        subprocess.run([sys.executable, *command], check=True)
+        done.write_text(json.dumps({"seconds": time.perf_counter() - start}))
+    return json.loads(done.read_text())["seconds"]
+
+
+def load_cases(setting: Setting) -> list[dict[str, Any]]:
+    """Return the preprocessed test cases, spread over the list."""
+    parser = setting.parser("evaluate")
+    parser["eval_split"] = "test"
+    dataset = parser.get_parsed_content("dataset")
+    step = max(1, len(dataset) // setting.cases)
+    return [dataset[i] for i in range(0, len(dataset), step)][: setting.cases]
+
+
+class Scorer:
+    """Dice of probabilities of members at the size of the network, measured on the grid of the input."""
+
+    def __init__(self, setting: Setting) -> None:
+        parser = setting.parser("evaluate")
+        self.postprocess = parser.get_parsed_content("postprocessing")
+        self.classes = DataSpec(2, 1, parser["num_classes"]).num_classes
+
+    def __call__(self, case: dict[str, Any], members: Tensor) -> float:
+        pred = case["image"].clone()[:1].repeat(len(members), *[1] * (members.ndim - 1))
+        pred.copy_(members)
+        result = self.postprocess({**case, "pred": pred})
+        return float(compute_dice(result["mask"][None], result["label"][None], ignore_empty=False).mean())
+
+
+def peak_memory_mb(run: Callable[[], object]) -> float | None:
+    """Return by how much a call raises this process's resident memory at its peak; Linux only."""
+    clear = Path("/proc/self/clear_refs")
+    if not clear.exists():
+        return None
+    clear.write_text("5")
+    before = _status("VmRSS")
+    run()
+    return (_status("VmHWM") - before) / 1024
+
+
+def _status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(name)).split()[1])
+
+
+def median_seconds(run: Callable[[], object], rounds: int = ROUNDS) -> float:
+    """Return the median time of a call, after one to warm up."""
+    times = []
+    for _ in range(rounds + 1):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
+
+
+def inferer(setting: Setting, sampler: str, steps: int, members: int, **more: Any) -> Any:
+    """Return the shipped inferer with another sampler, number of steps and members."""
+    parser = setting.parser("evaluate")
+    parser.update({"num_steps": steps, "num_members": members})
+    parser["scheduler"]["_target_"] = f"medsegdiff_monai.schedulers.{SAMPLERS[sampler].__name__}"
+    parser["inferer"].update(more)
+    return parser.get_parsed_content("inferer")
+
+
+def load_ours(setting: Setting) -> nn.Module:
+    """Return the trained network."""
+    net: nn.Module = setting.parser("evaluate").get_parsed_content("network_def")
+    net.load_state_dict(torch.load(setting.work_dir / "models" / "model.pt", weights_only=True))
+    return net.eval()
+
+
+def grid(setting: Setting, rows: Rows, net: nn.Module, cases: list[dict[str, Any]], score: Scorer) -> None:
+    """Measure members × steps × sampler; fewer members are the first ones of the most."""
+    for sampler, steps in ((sampler, steps) for sampler in SAMPLERS for steps in STEPS):
+        if rows.has(sampler=sampler, steps=steps, members=MEMBERS[-1], amp=False):
+            continue
+        draw = inferer(setting, sampler, steps, MEMBERS[-1])
+        drawn = [draw(case["image"][None].as_tensor(), net)[0] for case in cases]
+        for members in MEMBERS:
+            add_row(setting, rows, net, cases, score, drawn, sampler, steps, members, False)
+    if not rows.has(amp=True):
+        sampler, steps, members = shipped(setting)
+        draw = inferer(setting, sampler, steps, members, amp=True)
+        drawn = [draw(case["image"][None].as_tensor(), net)[0].float() for case in cases]
+        add_row(setting, rows, net, cases, score, drawn, sampler, steps, members, True)
+
+
+def add_row(
+    setting: Setting,
+    rows: Rows,
+    net: nn.Module,
+    cases: list[dict[str, Any]],
+    score: Scorer,
+    drawn: list[Tensor],
+    sampler: str,
+    steps: int,
+    members: int,
+    amp: bool,
+) -> None:
+    """Score the first members that were drawn; time one image with so many."""
+    dice = [score(case, probability[: members * score.classes]) for case, probability in zip(cases, drawn)]
+    alone = inferer(setting, sampler, steps, members, amp=amp)
+    image = cases[0]["image"][None].as_tensor()
+    memory = peak_memory_mb(lambda: alone(image, net))
+    seconds = median_seconds(lambda: alone(image, net), 1 if steps * members > 50 else ROUNDS)
+    rows.add(
+        method="ours",
+        parameters_m=parameters(net),
+        sampler=sampler,
+        steps=steps,
+        members=members,
+        passes=steps * members,
+        amp=amp,
+        dice=statistics.mean(dice),
+        std=statistics.stdev(dice),
+        seconds=seconds,
+        memory_mb=memory,
+    )
+
+
+def shipped(setting: Setting) -> tuple[str, int, int]:
+    """Return sampler, steps and members of ``inference.json``."""
+    parser = setting.parser("inference")
+    target = parser["scheduler"]["_target_"].split(".")[-1]
+    return next(n for n, c in SAMPLERS.items() if c.__name__ == target), parser["num_steps"], parser["num_members"]
+
+
+def peers(setting: Setting, rows: Rows, cases: list[dict[str, Any]], score: Scorer) -> Iterator[tuple[str, Any]]:
+    """Train the peers, score one sample of each, and yield what segments an image, to be timed."""
+    images = torch.stack([case["image"].as_tensor() for case in cases])
+    for name, build in PEERS.items():
+        set_determinism(setting.seed)
+        peer = build(setting.parser("train"))
+        loader = setting.parser("train").get_parsed_content("train#dataloader")
+        weights = setting.work_dir / f"{name}.pt"
+        lr = setting.parser("train")["learning_rate"]
+        trained = train(peer, loader, setting.seconds, lr, weights)
+        with torch.no_grad():
+            if not rows.has(method=name):
+                dice = [score(case, p) for case, p in zip(cases, peer.segment(trained, images))]
+                one = median_seconds(lambda p=peer, t=trained: p.segment(t, images[:1]), 1)
+                rows.add(
+                    method=name,
+                    parameters_m=parameters(trained),
+                    sampler="its own",
+                    steps=peer.passes,
+                    members=1,
+                    passes=peer.passes,
+                    dice=statistics.mean(dice),
+                    std=statistics.stdev(dice),
+                    seconds=one,
+                )
+            yield name, lambda image, p=peer, t=trained: p.segment(t, image)
+
+
+def ratios(setting: Setting, net: nn.Module, image: Tensor, segmenters: dict[str, Callable]) -> list[str]:
+    """Compare the time of our default with others in turns; each ratio is the median over the turns."""
+    sampler, steps, members = shipped(setting)
+    default = inferer(setting, sampler, steps, members)
+    single = inferer(setting, sampler, steps, members, member_batch_size=1)
+
+    def one_by_one(image: Tensor) -> None:
+        single(image, lambda x, timesteps, context: net(x, timesteps, context))  # nothing to encode with
+
+    runs = {
+        "default": lambda: default(image, net),
+        "one by one": lambda: one_by_one(image),
+        **{name: lambda s=segment: s(image) for name, segment in segmenters.items()},
+    }
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    with torch.no_grad():
+        for turn in range(ROUNDS + 1):
+            for name, run in runs.items():
+                start = time.perf_counter()
+                run()
+                if turn:
+                    times[name].append(time.perf_counter() - start)
+
+    def ratio(a: str, b: str) -> float:
+        return statistics.median(x / y for x, y in zip(times[a], times[b]))
+
+    peer, monai = "med-seg-diff-pytorch", "MONAI UNet"
+    what = f"{members} members × {steps} steps"
+    return [
+        f"- 250 passes of {peer} take {ratio(peer, 'default'):.0f} times as long as our default ({what}) for an image.",
+        f"- The same passes one by one, without encoding the image once and without batches of members, take "
+        f"{ratio('one by one', 'default'):.2f} times as long as our default.",
+        f"- Our default takes as long as {ratio('default', monai):.1f} passes of MONAI's UNet.",
+    ]
+
+
+def write(setting: Setting, rows: Rows, lines: list[str]) -> None:
+    """Write table and plot."""
+    from matplotlib.figure import Figure
+
+    out = setting.output_dir
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / "sampling.csv").open("w", newline="") as file:
+        table = csv.DictWriter(file, [*COLUMNS, "amp"], restval="", extrasaction="ignore")
+        table.writeheader()
+        table.writerows(rows.rows)
+    text = [
+        "# Members, steps and samplers",
+        "",
+        f"`{' '.join(['python -m benchmarks.sampling', *sys.argv[1:]])}`",
+        "",
+        f"{setting.overlay} at {setting.roi_size}, {setting.cases} test cases, STAPLE, Dice on the original grid; "
+        f"{setting.epochs} epochs in {setting.seconds / 60:.1f} minutes, peers as long; seed {setting.seed}; "
+        f"{torch.get_num_threads()} threads of {platform.machine()}, torch {torch.__version__}. One run: the standard "
+        "deviation is over cases.",
+        "",
+        *lines,
+        "",
+        "| " + " | ".join(COLUMNS) + " |",
+        "|" + " --- |" * len(COLUMNS),
+    ]
+    for row in rows.rows:
+        shown = {**row, "method": row["method"] + (", bfloat16" if row.get("amp") else "")}
+        cells = (shown.get(c) for c in COLUMNS)
+        text.append(
+            "| " + " | ".join("" if c is None else f"{c:.3f}" if isinstance(c, float) else str(c) for c in cells) + " |"
+        )
+    (out / "sampling.md").write_text("\n".join(text) + "\n")
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axis = figure.subplots()
+    for sampler in SAMPLERS:
+        for members, marker in zip(MEMBERS, ("o", "s", "^")):
+            some = [r for r in rows.rows if r["sampler"] == sampler and r["members"] == members and not r["amp"]]
+            axis.plot(
+                [r["passes"] for r in some], [r["dice"] for r in some], marker=marker, label=f"{sampler} × {members}"
+            )
+    for row in rows.rows:
+        if row["method"] != "ours":
+            axis.plot(row["passes"], row["dice"], marker="*", markersize=12, linestyle="", label=row["method"])
+    axis.set(xscale="log", xlabel="network passes per image", ylabel="Dice")
+    axis.legend(fontsize=7, ncols=2)
+    figure.savefig(out / "sampling.png", dpi=120)
+
+
+def main() -> None:
+    """Train, measure and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset_dir", required=True)
+    parser.add_argument("--overlay", default="lgg_mri", help="name of a data set overlay in 2D with fit: resize")
+    parser.add_argument("--roi_size", type=json.loads, default=[64, 64])
+    parser.add_argument("--epochs", type=int, default=60)
+    parser.add_argument("--cases", type=int, default=24)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--work_dir", type=Path, default=ROOT / "benchmarks" / "work" / "sampling")
+    parser.add_argument("--output_dir", type=Path, default=ROOT / "benchmarks" / "results")
+    setting = Setting(**vars(parser.parse_args()))
+    setting.seconds = train_ours(setting)
+    rows = Rows(setting.work_dir / "rows.jsonl")
+    cases, score, net = load_cases(setting), Scorer(setting), load_ours(setting)
+    grid(setting, rows, net, cases, score)
+    segmenters = dict(peers(setting, rows, cases, score))
+    write(setting, rows, ratios(setting, net, cases[0]["image"][None].as_tensor(), segmenters))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""The random part of training's preprocessing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from monai.bundle import ConfigParser
+from monai.data import MetaTensor
+from monai.transforms import Compose
+
+from .conftest import CONFIGS
+
+OVERLAYS = sorted(file.stem for file in (CONFIGS / "datasets").glob("*.json"))
+
+
+def training(overlay: str | None, **variables: object) -> ConfigParser:
+    parser = ConfigParser()
+    files = [CONFIGS / "train.json"] + ([CONFIGS / "datasets" / f"{overlay}.json"] if overlay else [])
+    parser.read_config([str(file) for file in files])
+    parser.update({"bundle_root": "", **variables})
+    return parser
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_augmentation_of_every_overlay_changes_the_image_alone(overlay):
+    parser = training(overlay)
+    augmentation = parser.get_parsed_content("augmentation")
+    size = [24] * parser["spatial_dims"]
+    torch.manual_seed(0)
+    image = MetaTensor(torch.randn(parser["in_channels"] or 1, *size))
+    label = MetaTensor((torch.rand(1, *size) > 0.5).float())
+    for transform in augmentation:
+        transform.prob = 1.0
+        out = Compose([transform])({"image": image.clone(), "label": label})
+        assert out["image"].shape == image.shape and out["image"].isfinite().all()
+        assert not torch.equal(out["image"], image), transform
+        assert torch.equal(out["label"], label)
+
+
+@pytest.mark.parametrize("overlay", ["refuge2", "brats2021", "brats2021_3d", "ddti"])
+def test_the_papers_sets_are_augmented_by_modality(overlay):
+    assert len(training(overlay)["augmentation"]) >= 2
+
+
+def test_patches_are_centred_on_every_class_alike():
+    """A class of 8 voxels beside one of 6000 is the centre of a third of all patches."""
+    parser = training(None, roi_size=[8, 8, 8], spacing=None)
+    crop = next(t for t in parser["train#preprocessing#transforms"] if t["_target_"] == "RandCropByLabelClassesd")
+    index = parser["train#preprocessing#transforms"].index(crop)
+    crop = parser.get_parsed_content(f"train#preprocessing#transforms#{index}").set_random_state(0)
+    label = torch.zeros(1, 40, 40, 40)
+    label[:, 20:] = 1
+    label[:, 4:6, 4:6, 4:6] = 2
+    image = torch.zeros_like(label)
+    found = [crop({"image": image, "label": label})[0]["label"] for _ in range(300)]
+    assert all(patch.shape == (1, 8, 8, 8) for patch in found)
+    assert sum(bool((patch == 2).any()) for patch in found) / 300 == pytest.approx(1 / 3, abs=0.08)
