@@ -77,7 +77,7 @@ def find(source: Path, slices: str = "3D", regions: str = "three") -> Layout:
 
     Args:
         source: folder of the raw download.
-        slices: ``3D`` for four-channel volumes, ``2D`` for the axial slices that contain brain.
+        slices: ``3D`` for four-channel volumes, ``2D`` for the axial slices that contain brain, standardised by volume.
         regions: ``three`` for ET, TC and WT; ``whole`` for the whole tumour alone.
 
     Returns:
@@ -166,8 +166,21 @@ def _volumes(case: str, sources: dict[str, Path]) -> tuple[dict[str, np.ndarray]
     return volumes, affine
 
 
+def _standardise(image: np.ndarray) -> np.ndarray:
+    """Bring each modality (modalities, x, y, z) to mean 0 and standard deviation 1 over its brain, which is not 0.
+
+    MR intensities have no unit. Slices that were standardised one by one would show the same tissue differently.
+    """
+    out = image.astype(np.float32)
+    for volume in out:
+        brain = volume[volume != 0]
+        volume -= brain.mean() if brain.size else 0
+        volume /= max(float(brain.std()), 1e-6) if brain.size else 1
+    return out
+
+
 def _convert(files: CaseFiles, case: str, sources: dict[str, Path], slices: str, regions: str) -> list[dict[str, Any]]:
-    """Write a case as one volume of four channels, or as axial slices, one file of four channels each."""
+    """Write a case as one volume of four channels, or as standardised axial slices, one file of four channels each."""
     volumes, affine = _volumes(case, sources)
     label = _label(volumes["seg"], sources["seg"], _edition(case), regions) if "seg" in volumes else None
     image = np.stack([volumes[name] for name in MODALITIES])
@@ -178,9 +191,10 @@ def _convert(files: CaseFiles, case: str, sources: dict[str, Path], slices: str,
         return [item]
     items = []
     spacing = voxel_sizes(affine)[:2]
+    standard = _standardise(image)
     for k in np.flatnonzero((image != 0).any(axis=(0, 1, 2))):
         name = f"{case}_{k:03d}.mha"
-        item = {"image": files.meta_image(image[..., k], spacing, f"images/{name}")}
+        item = {"image": files.meta_image(standard[..., k], spacing, f"images/{name}")}
         if label is not None:
             files.note_values(label[..., k])
             item["label"] = files.meta_image(label[None, ..., k], spacing, f"labels/{name}")
