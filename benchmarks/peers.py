@@ -20,7 +20,7 @@ from monai.inferers import DiffusionInferer
 from monai.networks.nets import DiffusionModelUNet, UNet
 from monai.networks.schedulers import DDIMScheduler, DDPMScheduler
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from medsegdiff_monai.losses import DiffusionSegmentationLoss
 
@@ -28,7 +28,6 @@ __all__ = ["PEERS", "Peer", "parameters", "train"]
 
 MONAI_STEPS = 50
 PEER_STEPS = 250  # what the public code recommends
-WARM_UP = 200  # iterations before weights are averaged
 
 
 @dataclass
@@ -132,6 +131,11 @@ PEERS = {
 }
 
 
+def _ema(average: Tensor, new: Tensor, count: Tensor | int) -> Tensor:
+    """The average that the bundle's training keeps."""
+    return torch.lerp(average, new, max(0.005, 9 / (10 + int(count)))) if average.is_floating_point() else new
+
+
 def train(peer: Peer, loader: Iterable, seconds: float, lr: float, weights: Path) -> nn.Module:
     """Train a peer for some seconds and return its averaged weights; what an earlier run has written is read.
 
@@ -142,10 +146,10 @@ def train(peer: Peer, loader: Iterable, seconds: float, lr: float, weights: Path
         lr: first learning rate.
         weights: file of the weights.
     """
-    average = AveragedModel(peer.module, multi_avg_fn=get_ema_multi_avg_fn(0.999), use_buffers=True)
+    average = AveragedModel(peer.module, avg_fn=_ema, use_buffers=True)
     if not weights.is_file():
         optimizer = torch.optim.AdamW(peer.module.parameters(), lr=lr)
-        start, step = time.perf_counter(), 0
+        start = time.perf_counter()
         while (elapsed := time.perf_counter() - start) < seconds:
             for batch in loader:
                 for group in optimizer.param_groups:
@@ -153,10 +157,7 @@ def train(peer: Peer, loader: Iterable, seconds: float, lr: float, weights: Path
                 optimizer.zero_grad()
                 peer.loss(batch["image"].as_tensor(), batch["label"].as_tensor()).backward()
                 optimizer.step()
-                if step == WARM_UP:  # what came before would only hold the average back
-                    average.module.load_state_dict(peer.module.state_dict())
                 average.update_parameters(peer.module)
-                step += 1
                 elapsed = time.perf_counter() - start
                 if elapsed >= seconds:
                     break

@@ -15,18 +15,19 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from monai.bundle import ConfigParser
+from monai.data import MetaTensor
 from monai.metrics import compute_dice
 from monai.utils import set_determinism
 from torch import Tensor, nn
 
-from medsegdiff_monai.data import DataSpec
 from medsegdiff_monai.schedulers import DDIMScheduler, DDPMScheduler, DPMSolverPlusPlusScheduler
 
 from .peers import PEERS, parameters, train
@@ -47,6 +48,7 @@ class Setting:
     dataset_dir: str
     overlay: str
     roi_size: list[int]
+    channels: list[int]
     epochs: int
     cases: int
     seed: int
@@ -68,6 +70,7 @@ class Setting:
                 "dataset_dir": self.dataset_dir,
                 "ckpt_dir": str(self.work_dir / "models"),
                 "roi_size": self.roi_size,
+                "channels": self.channels,
                 "device": "cpu",
                 "seed": self.seed,
             }
@@ -106,6 +109,7 @@ def train_ours(setting: Setting) -> float:
             "ckpt_dir": setting.work_dir / "models",
             "output_dir": setting.work_dir / "train",
             "roi_size": setting.roi_size,
+            "channels": setting.channels,
             "max_epochs": setting.epochs,
             "val_interval": setting.epochs,
             "seed": setting.seed,
@@ -118,34 +122,36 @@ def train_ours(setting: Setting) -> float:
     return json.loads(done.read_text())["seconds"]
 
 
-def load_cases(setting: Setting) -> list[dict[str, Any]]:
-    """Return the preprocessed test cases, spread over the list."""
-    parser = setting.parser("evaluate")
-    parser["eval_split"] = "test"
-    dataset = parser.get_parsed_content("dataset")
-    step = max(1, len(dataset) // setting.cases)
-    return [dataset[i] for i in range(0, len(dataset), step)][: setting.cases]
-
-
-class Scorer:
-    """Dice of probabilities of members at the size of the network, measured on the grid of the input."""
+class Cases:
+    """Preprocessed test cases, spread over the list, and the Dice of what is made of them."""
 
     def __init__(self, setting: Setting) -> None:
         parser = setting.parser("evaluate")
-        self.postprocess = parser.get_parsed_content("postprocessing")
-        self.classes = DataSpec(2, 1, parser["num_classes"]).num_classes
+        parser["eval_split"] = "test"
+        dataset = parser.get_parsed_content("dataset")
+        step = max(1, len(dataset) // setting.cases)
+        self.items = [dataset[i] for i in range(0, len(dataset), step)][: setting.cases]
+        self.images = torch.stack([item["image"].as_tensor() for item in self.items])
+        self.classes: int = parser["num_classes"]
+        # of the same parser: what it inverts is what the images went through
+        self._postprocess = parser.get_parsed_content("postprocessing")
 
-    def __call__(self, case: dict[str, Any], members: Tensor) -> float:
-        pred = case["image"].clone()[:1].repeat(len(members), *[1] * (members.ndim - 1))
-        pred.copy_(members)
-        result = self.postprocess({**case, "pred": pred})
-        return float(compute_dice(result["mask"][None], result["label"][None], ignore_empty=False).mean())
+    def dice(self, members: Sequence[Tensor]) -> list[float]:
+        """Dice on the grid of the input, by the shipped fusion; takes (members * classes, *roi_size) for each case."""
+        scores = []
+        for item, member in zip(self.items, members):
+            pred = MetaTensor(member).copy_meta_from(item["image"])
+            result = self._postprocess({**item, "pred": pred})
+            dice = compute_dice(result["mask"][None], result["label"][None], ignore_empty=False)
+            scores.append(float(dice.mean()))
+        return scores
 
 
 def peak_memory_mb(run: Callable[[], object]) -> float | None:
     """Return by how much a call raises this process's resident memory at its peak; Linux only."""
     clear = Path("/proc/self/clear_refs")
     if not clear.exists():
+        run()
         return None
     clear.write_text("5")
     before = _status("VmRSS")
@@ -159,13 +165,13 @@ def _status(name: str) -> int:
 
 
 def median_seconds(run: Callable[[], object], rounds: int = ROUNDS) -> float:
-    """Return the median time of a call, after one to warm up."""
+    """Return the median time of a call."""
     times = []
-    for _ in range(rounds + 1):
+    for _ in range(rounds):
         start = time.perf_counter()
         run()
         times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
+    return statistics.median(times)
 
 
 def inferer(setting: Setting, sampler: str, steps: int, members: int, **more: Any) -> Any:
@@ -184,53 +190,49 @@ def load_ours(setting: Setting) -> nn.Module:
     return net.eval()
 
 
-def grid(setting: Setting, rows: Rows, net: nn.Module, cases: list[dict[str, Any]], score: Scorer) -> None:
+def grid(setting: Setting, rows: Rows, net: nn.Module, cases: Cases) -> None:
     """Measure members × steps × sampler; fewer members are the first ones of the most."""
     for sampler, steps in ((sampler, steps) for sampler in SAMPLERS for steps in STEPS):
-        if rows.has(sampler=sampler, steps=steps, members=MEMBERS[-1], amp=False):
-            continue
-        draw = inferer(setting, sampler, steps, MEMBERS[-1])
-        drawn = [draw(case["image"][None].as_tensor(), net)[0] for case in cases]
-        for members in MEMBERS:
-            add_row(setting, rows, net, cases, score, drawn, sampler, steps, members, False)
+        if not rows.has(sampler=sampler, steps=steps, members=MEMBERS[-1], amp=False):
+            draw = inferer(setting, sampler, steps, MEMBERS[-1])
+            drawn = [draw(image[None], net)[0] for image in cases.images]
+            for members in MEMBERS:
+                rows.add(**measure(setting, net, cases, drawn, sampler, steps, members, amp=False))
     if not rows.has(amp=True):
         sampler, steps, members = shipped(setting)
         draw = inferer(setting, sampler, steps, members, amp=True)
-        drawn = [draw(case["image"][None].as_tensor(), net)[0].float() for case in cases]
-        add_row(setting, rows, net, cases, score, drawn, sampler, steps, members, True)
+        drawn = [draw(image[None], net)[0].float() for image in cases.images]
+        rows.add(**measure(setting, net, cases, drawn, sampler, steps, members, amp=True))
 
 
-def add_row(
+def measure(
     setting: Setting,
-    rows: Rows,
     net: nn.Module,
-    cases: list[dict[str, Any]],
-    score: Scorer,
-    drawn: list[Tensor],
+    cases: Cases,
+    drawn: Sequence[Tensor],
     sampler: str,
     steps: int,
     members: int,
     amp: bool,
-) -> None:
-    """Score the first members that were drawn; time one image with so many."""
-    dice = [score(case, probability[: members * score.classes]) for case, probability in zip(cases, drawn)]
+) -> dict[str, Any]:
+    """Score the first members that were drawn, and time one image with so many."""
+    dice = cases.dice([probability[: members * cases.classes] for probability in drawn])
     alone = inferer(setting, sampler, steps, members, amp=amp)
-    image = cases[0]["image"][None].as_tensor()
-    memory = peak_memory_mb(lambda: alone(image, net))
-    seconds = median_seconds(lambda: alone(image, net), 1 if steps * members > 50 else ROUNDS)
-    rows.add(
-        method="ours",
-        parameters_m=parameters(net),
-        sampler=sampler,
-        steps=steps,
-        members=members,
-        passes=steps * members,
-        amp=amp,
-        dice=statistics.mean(dice),
-        std=statistics.stdev(dice),
-        seconds=seconds,
-        memory_mb=memory,
-    )
+    run = partial(alone, cases.images[:1], net)
+    memory = peak_memory_mb(run)  # and warm up
+    return {
+        "method": "ours",
+        "parameters_m": parameters(net),
+        "sampler": sampler,
+        "steps": steps,
+        "members": members,
+        "passes": steps * members,
+        "amp": amp,
+        "dice": statistics.mean(dice),
+        "std": statistics.stdev(dice),
+        "seconds": median_seconds(run, 1 if steps * members > 100 else ROUNDS),
+        "memory_mb": memory,
+    }
 
 
 def shipped(setting: Setting) -> tuple[str, int, int]:
@@ -240,32 +242,29 @@ def shipped(setting: Setting) -> tuple[str, int, int]:
     return next(n for n, c in SAMPLERS.items() if c.__name__ == target), parser["num_steps"], parser["num_members"]
 
 
-def peers(setting: Setting, rows: Rows, cases: list[dict[str, Any]], score: Scorer) -> Iterator[tuple[str, Any]]:
+def peers(setting: Setting, rows: Rows, cases: Cases) -> Iterator[tuple[str, Any]]:
     """Train the peers, score one sample of each, and yield what segments an image, to be timed."""
-    images = torch.stack([case["image"].as_tensor() for case in cases])
     for name, build in PEERS.items():
         set_determinism(setting.seed)
-        peer = build(setting.parser("train"))
-        loader = setting.parser("train").get_parsed_content("train#dataloader")
-        weights = setting.work_dir / f"{name}.pt"
-        lr = setting.parser("train")["learning_rate"]
-        trained = train(peer, loader, setting.seconds, lr, weights)
-        with torch.no_grad():
-            if not rows.has(method=name):
-                dice = [score(case, p) for case, p in zip(cases, peer.segment(trained, images))]
-                one = median_seconds(lambda p=peer, t=trained: p.segment(t, images[:1]), 1)
-                rows.add(
-                    method=name,
-                    parameters_m=parameters(trained),
-                    sampler="its own",
-                    steps=peer.passes,
-                    members=1,
-                    passes=peer.passes,
-                    dice=statistics.mean(dice),
-                    std=statistics.stdev(dice),
-                    seconds=one,
-                )
-            yield name, lambda image, p=peer, t=trained: p.segment(t, image)
+        parser = setting.parser("train")
+        peer = build(parser)
+        loader = parser.get_parsed_content("train#dataloader")
+        trained = train(peer, loader, setting.seconds, parser["learning_rate"], setting.work_dir / f"{name}.pt")
+        segment = torch.no_grad()(partial(peer.segment, trained))
+        if not rows.has(method=name):
+            dice = cases.dice(list(segment(cases.images)))
+            rows.add(
+                method=name,
+                parameters_m=parameters(trained),
+                sampler="its own",
+                steps=peer.passes,
+                members=1,
+                passes=peer.passes,
+                dice=statistics.mean(dice),
+                std=statistics.stdev(dice),
+                seconds=median_seconds(partial(segment, cases.images[:1]), 1),
+            )
+        yield name, segment
 
 
 def ratios(setting: Setting, net: nn.Module, image: Tensor, segmenters: dict[str, Callable]) -> list[str]:
@@ -274,13 +273,10 @@ def ratios(setting: Setting, net: nn.Module, image: Tensor, segmenters: dict[str
     default = inferer(setting, sampler, steps, members)
     single = inferer(setting, sampler, steps, members, member_batch_size=1)
 
-    def one_by_one(image: Tensor) -> None:
-        single(image, lambda x, timesteps, context: net(x, timesteps, context))  # nothing to encode with
-
     runs = {
         "default": lambda: default(image, net),
-        "one by one": lambda: one_by_one(image),
-        **{name: lambda s=segment: s(image) for name, segment in segmenters.items()},
+        "one by one": lambda: single(image, lambda *args: net(*args)),  # nothing to encode the image with
+        **{name: partial(segment, image) for name, segment in segmenters.items()},
     }
     times: dict[str, list[float]] = {name: [] for name in runs}
     with torch.no_grad():
@@ -319,7 +315,8 @@ def write(setting: Setting, rows: Rows, lines: list[str]) -> None:
         "",
         f"`{' '.join(['python -m benchmarks.sampling', *sys.argv[1:]])}`",
         "",
-        f"{setting.overlay} at {setting.roi_size}, {setting.cases} test cases, STAPLE, Dice on the original grid; "
+        f"{setting.overlay} at {setting.roi_size}, channels {setting.channels}, {setting.cases} test cases, STAPLE, "
+        "Dice on the original grid; "
         f"{setting.epochs} epochs in {setting.seconds / 60:.1f} minutes, peers as long; seed {setting.seed}; "
         f"{torch.get_num_threads()} threads of {platform.machine()}, torch {torch.__version__}. One run: the standard "
         "deviation is over cases.",
@@ -359,18 +356,19 @@ def main() -> None:
     parser.add_argument("--dataset_dir", required=True)
     parser.add_argument("--overlay", default="lgg_mri", help="name of a data set overlay in 2D with fit: resize")
     parser.add_argument("--roi_size", type=json.loads, default=[64, 64])
-    parser.add_argument("--epochs", type=int, default=60)
-    parser.add_argument("--cases", type=int, default=24)
+    parser.add_argument("--channels", type=json.loads, default=[16, 32, 64, 96])
+    parser.add_argument("--epochs", type=int, default=80)
+    parser.add_argument("--cases", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work_dir", type=Path, default=ROOT / "benchmarks" / "work" / "sampling")
     parser.add_argument("--output_dir", type=Path, default=ROOT / "benchmarks" / "results")
     setting = Setting(**vars(parser.parse_args()))
     setting.seconds = train_ours(setting)
     rows = Rows(setting.work_dir / "rows.jsonl")
-    cases, score, net = load_cases(setting), Scorer(setting), load_ours(setting)
-    grid(setting, rows, net, cases, score)
-    segmenters = dict(peers(setting, rows, cases, score))
-    write(setting, rows, ratios(setting, net, cases[0]["image"][None].as_tensor(), segmenters))
+    cases, net = Cases(setting), load_ours(setting)
+    grid(setting, rows, net, cases)
+    segmenters = dict(peers(setting, rows, cases))
+    write(setting, rows, ratios(setting, net, cases.images[:1], segmenters))
 
 
 if __name__ == "__main__":
