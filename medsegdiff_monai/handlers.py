@@ -25,6 +25,7 @@ from .settings import as_bool
 
 __all__ = [
     "BestModelSaver",
+    "GradientClipping",
     "ModelEMA",
     "StopOnBadLoss",
     "TrainingCheckpoint",
@@ -247,6 +248,27 @@ class TrainingCheckpoint:
                 item.load_state_dict(content[name])
         engine.load_state_dict({**content["trainer"], "epoch_length": length, "max_epochs": max_epochs})
         logger.info(f"Resumed from {files[newest]}")
+
+
+class GradientClipping:
+    """Scale the gradients down to a largest norm before each step of the optimiser.
+
+    Args:
+        model: network in training.
+        max_norm: largest norm of all gradients together.
+    """
+
+    def __init__(self, model: nn.Module, max_norm: float = 1.0) -> None:
+        self.model = model
+        self.max_norm = max_norm
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to a trainer."""
+        engine.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Clip the gradients."""
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.max_norm)
 
 
 class StopOnBadLoss:

@@ -25,21 +25,35 @@ logger = logging.getLogger(__name__)
 class DiffusionTrainingInferer(DiffusionInferer):
     """MONAI's ``DiffusionInferer`` under bfloat16 autocast on any device (MONAI's trainer has it for CUDA only).
 
+    With ``own_guess``, some batches are noised not from the true mask but from what the network makes of pure noise,
+    while the target stays the true mask. In sampling the network meets its own masks: without this it trusts what shows
+    through the noise, and keeps its errors.
+
     Args:
         scheduler: adds the noise.
         amp: whether to use autocast.
+        own_guess: share of batches noised from the network's own guess; only where it predicts the mask (``sample``).
     """
 
-    def __init__(self, scheduler: Scheduler, amp: bool | str = False) -> None:
+    def __init__(self, scheduler: Scheduler, amp: bool | str = False, own_guess: float = 0.0) -> None:
         super().__init__(scheduler)
         self.amp = as_bool(amp)
+        self.own_guess = own_guess if scheduler.prediction_type == "sample" else 0.0
 
     def __call__(  # type: ignore[override]
         self, inputs: Tensor, diffusion_model: Any, **kwargs: Any
     ) -> Tensor:
         """Noise ``inputs`` (the mask) and return what the network makes of it; see MONAI's ``DiffusionInferer``."""
         with torch.autocast(inputs.device.type, dtype=torch.bfloat16, enabled=self.amp):
+            if self.own_guess > 0 and torch.rand(()).item() < self.own_guess:
+                inputs = self._guess(inputs, diffusion_model, kwargs["condition"])
             return super().__call__(inputs, diffusion_model, **kwargs)
+
+    @torch.no_grad()
+    def _guess(self, mask: Tensor, network: Callable, image: Tensor) -> Tensor:
+        """The mask in [-1, 1] that the network, in training mode, makes of pure noise."""
+        last = torch.full((1,), self.scheduler.num_train_timesteps - 1, device=mask.device)
+        return torch.tanh(network(torch.randn_like(mask), last, image).to(mask.dtype) / 2)
 
 
 class DiffusionEnsembleInferer(Inferer):

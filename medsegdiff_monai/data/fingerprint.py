@@ -29,6 +29,7 @@ SHORT = 32  # voxels
 MAX_BATCH = {2: 8, 3: 4}
 BYTES_PER_FEATURE = 270  # training takes so much for each voxel and channel of the first level (measured, float32)
 SHARE = 0.5  # of the memory that training may take
+AIR = -500.0  # Hounsfield units; an image whose darkest part lies below is CT
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class CaseFacts:
         size: voxels along each axis.
         spacing: millimetres along each axis.
         intensity: percentiles of each channel (channels, 3).
+        foreground: percentiles of each channel where the label is not 0 (channels, 3); None where it is 0 or missing.
         voxels: voxels of each label but 0; None without label.
         digest: hash of the image's content.
     """
@@ -56,6 +58,7 @@ class CaseFacts:
     size: tuple[int, ...]
     spacing: tuple[float, ...]
     intensity: np.ndarray
+    foreground: np.ndarray | None
     voxels: dict[int, int] | None
     digest: str
 
@@ -68,8 +71,10 @@ def measure(image: MetaTensor, label: MetaTensor | None, name: str, mask: str, s
     spacing = nib.affines.voxel_sizes(affine)
     if dims == 3:
         axes = np.argsort(nib.io_orientation(affine)[:, 0]).tolist()
-    voxels = None
+    voxels = foreground = None
     if label is not None:
+        inside = image.numpy()[:, label.numpy()[0] != 0]
+        foreground = np.percentile(inside, PERCENTILES, axis=1).T if inside.size else None
         values, counts = np.unique(label.numpy(), return_counts=True)
         voxels = {int(v): int(n) for v, n in zip(values, counts) if v}
     return CaseFacts(
@@ -81,6 +86,7 @@ def measure(image: MetaTensor, label: MetaTensor | None, name: str, mask: str, s
         size=tuple(int(image.shape[1 + a]) for a in axes),
         spacing=tuple(float(spacing[a]) for a in axes),
         intensity=np.percentile(image.numpy().reshape(image.shape[0], -1), PERCENTILES, axis=1).T,
+        foreground=foreground,
         voxels=voxels,
         digest=digest,
     )
@@ -90,6 +96,16 @@ def _spread(rows: Sequence[Sequence[float]]) -> dict[str, list[float]]:
     table = np.array(rows, dtype=np.float64)
     kinds = {"min": table.min(0), "median": np.median(table, axis=0), "max": table.max(0)}
     return {kind: [float(f"{value:.6g}") for value in row] for kind, row in kinds.items()}
+
+
+def _percentiles(cases: Sequence[np.ndarray]) -> dict[str, list[float]]:
+    """Median over the cases of each percentile of each channel."""
+    if not cases:
+        return {}
+    return {
+        f"percentile_{p:g}": [float(f"{value:.6g}") for value in row]
+        for p, row in zip(PERCENTILES, np.median(cases, axis=0).T)
+    }
 
 
 def fingerprint(facts: Sequence[CaseFacts]) -> dict[str, Any]:
@@ -117,10 +133,8 @@ def fingerprint(facts: Sequence[CaseFacts]) -> dict[str, Any]:
         "channels": facts[0].channels,
         "size": _spread([case.size for case in facts]),
         "spacing": _spread([case.spacing for case in facts]),
-        "intensity": {
-            f"percentile_{p:g}": [float(f"{v:.6g}") for v in np.median([c.intensity[:, i] for c in facts], axis=0)]
-            for i, p in enumerate(PERCENTILES)
-        },
+        "intensity": _percentiles([case.intensity for case in facts]),
+        "intensity_of_foreground": _percentiles([c.foreground for c in facts if c.foreground is not None]),
         "classes": classes,
     }
 
@@ -146,6 +160,16 @@ def _patch(size: Sequence[float], max_voxels: int) -> list[int]:
         axis = max(range(len(patch)), key=lambda i: (patch[i] > SHORT, patch[i] / size[i]))
         patch[axis] -= STRIDE
     return patch
+
+
+def _intensity_range(found: Mapping[str, Any]) -> list[float] | None:
+    """For CT, the intensities of the foreground and as much again around them; None for what has no unit."""
+    inside = found["intensity_of_foreground"]
+    if found["channels"] > 1 or found["intensity"]["percentile_0.5"][0] > AIR or not inside:
+        return None
+    low, high = inside["percentile_0.5"][0], inside["percentile_99.5"][0]
+    margin = max(high - low, 1.0) / 2
+    return [round(low - margin), round(high + margin)]
 
 
 def propose(found: Mapping[str, Any], regions: Mapping[str, Sequence[int]], folder: Path) -> dict[str, Any]:
@@ -183,6 +207,7 @@ def propose(found: Mapping[str, Any], regions: Mapping[str, Sequence[int]], fold
         "num_classes": len(regions),
         "regions": {name: list(values) for name, values in regions.items()},
         "spacing": None if dims == 2 else spacing,
+        "intensity_range": _intensity_range(found),
         "fit": "resize" if dims == 2 else "crop",
         "roi_size": roi,
         "channels": CHANNELS[dims],

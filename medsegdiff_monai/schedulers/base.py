@@ -92,6 +92,9 @@ class DiffusionScheduler(Scheduler):
         clip_sample_max: upper bound of the clipped x0.
         rescale_betas_zero_snr: whether to rescale the schedule so that no signal is left at T - 1 (arXiv 2305.08891,
             Algorithm 1). Noise then says nothing of x0, so ``"epsilon"`` is refused.
+        signal_scale: factor b of x0 before noise is added, with x_t brought back to its variance afterwards (arXiv
+            2301.10972, section 2.3); the same as the schedule ``b^2 alpha_bar / (b^2 alpha_bar + 1 - alpha_bar)``.
+            Below 1 there is more noise at every step: a mask is so redundant that it shows through little noise.
         schedule_args: passed on to the noise schedule, such as ``beta_start`` and ``beta_end``.
 
     Raises:
@@ -110,6 +113,7 @@ class DiffusionScheduler(Scheduler):
         clip_sample_min: float = -1.0,
         clip_sample_max: float = 1.0,
         rescale_betas_zero_snr: bool = False,
+        signal_scale: float = 1.0,
         **schedule_args: float,
     ) -> None:
         require_member("schedule", schedule, NoiseSchedules.names)
@@ -124,6 +128,8 @@ class DiffusionScheduler(Scheduler):
             raise ValueError(
                 f"clip_sample_min is {clip_sample_min}, which must be below clip_sample_max = {clip_sample_max}."
             )
+        if signal_scale <= 0:
+            raise ValueError(f"signal_scale is {signal_scale}; it multiplies x0, and must be above 0.")
         super().__init__(num_train_timesteps, schedule, **schedule_args)
         self.prediction_type = prediction_type
         self.timestep_spacing = timestep_spacing
@@ -133,6 +139,8 @@ class DiffusionScheduler(Scheduler):
         self.alphas_cumprod = torch.cumprod(1 - self.betas.double(), dim=0)
         if rescale_betas_zero_snr:
             self.alphas_cumprod = _rescale_zero_terminal_snr(self.alphas_cumprod)
+        signal = signal_scale**2 * self.alphas_cumprod
+        self.alphas_cumprod = signal / (signal + 1 - self.alphas_cumprod)
         self.alphas = self.alphas_cumprod / torch.cat([torch.ones(1), self.alphas_cumprod[:-1]])
         self.betas = 1 - self.alphas
 

@@ -283,3 +283,20 @@ def test_patches_shrink_in_proportion():
         patch = _patch(size, 32 * 48 * 32)
         assert np.prod(patch) <= 32 * 48 * 32 and all(n % 8 == 0 and n >= 8 for n in patch)
     assert _whole_image([2124, 2056], 256) == [256, 248] and _whole_image([31, 17], 256) == [32, 24]
+
+
+def test_ct_is_scaled_by_what_its_foreground_holds(tmp_path):
+    """Air around, an organ of 40 to 60 HU: half its width on either side is kept; MR has no unit."""
+    for i in range(3):
+        image = np.full((20, 20, 20), -1000, np.int16)
+        image[5:15, 5:15, 5:15] = np.linspace(40, 60, 1000).round().reshape(10, 10, 10)
+        raw.volume(tmp_path / f"i{i}.nii.gz", image)
+        raw.volume(tmp_path / f"l{i}.nii.gz", (image > 0).astype(np.uint8))
+    items = [{"image": f"i{i}.nii.gz", "label": f"l{i}.nii.gz"} for i in range(3)]
+    (tmp_path / "dataset.json").write_text(json.dumps({"labels": {"1": "organ"}, "training": items}))
+    low, high = inspect_dataset(tmp_path).overlay["intensity_range"]
+    assert low == pytest.approx(30, abs=1) and high == pytest.approx(70, abs=1)
+
+
+def test_images_without_a_unit_are_normalised_by_themselves(task):
+    assert inspect_dataset(task).overlay["intensity_range"] is None
