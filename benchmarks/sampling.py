@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import argparse
 import csv
+import ctypes
+import gc
 import json
 import platform
 import statistics
@@ -148,11 +150,13 @@ class Cases:
 
 
 def peak_memory_mb(run: Callable[[], object]) -> float | None:
-    """Return by how much a call raises this process's resident memory at its peak; Linux only."""
+    """Return by how much a call raises this process's resident memory at its peak; Linux with glibc only."""
     clear = Path("/proc/self/clear_refs")
     if not clear.exists():
         run()
         return None
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed counts as free
     clear.write_text("5")
     before = _status("VmRSS")
     run()

@@ -14,7 +14,7 @@ from monai.engines import IterationEvents
 
 from medsegdiff_monai.engines import cosine_decay
 from medsegdiff_monai.errors import InputError
-from medsegdiff_monai.handlers import BestModelSaver, ModelEMA, StopOnBadLoss, TrainingCheckpoint
+from medsegdiff_monai.handlers import BestModelSaver, GradientClipping, ModelEMA, StopOnBadLoss, TrainingCheckpoint
 from medsegdiff_monai.settings import as_bool
 
 
@@ -45,6 +45,22 @@ def test_best_weights_are_kept_as_a_plain_state_dict(tmp_path):
     loaded = torch.load(tmp_path / "models" / "model.pt", weights_only=True)
     assert loaded["weight"].tolist() == [[1.0, 1.0]]
     assert [p.name for p in (tmp_path / "models").iterdir()] == ["model.pt"]
+
+
+def test_gradients_are_clipped_before_the_step_and_small_ones_left_alone():
+    network = torch.nn.Linear(4, 2, bias=False)
+    seen = []
+
+    def step(engine, scale):
+        network.weight.grad = torch.full((2, 4), scale)
+        engine.fire_event(IterationEvents.BACKWARD_COMPLETED)
+        seen.append(network.weight.grad.norm().item())
+
+    engine = Engine(step)
+    engine.register_events(*IterationEvents)
+    GradientClipping(network, max_norm=1.5).attach(engine)
+    engine.run([100.0, 0.01])
+    assert seen == pytest.approx([1.5, 0.01 * 8**0.5], rel=1e-4)
 
 
 def make_trainer(network, folder, max_epochs=4, **kwargs):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from itertools import pairwise
 
 import pytest
@@ -13,7 +14,7 @@ from medsegdiff_monai.errors import InputError
 from medsegdiff_monai.inferers import DiffusionEnsembleInferer, DiffusionTrainingInferer
 from medsegdiff_monai.losses import DiffusionSegmentationLoss
 from medsegdiff_monai.networks import MedSegDiffUNet
-from medsegdiff_monai.schedulers import DDIMScheduler, DDPMScheduler
+from medsegdiff_monai.schedulers import DDIMScheduler, DDPMScheduler, DPMSolverPlusPlusScheduler
 
 
 def inferer(**kwargs):
@@ -178,6 +179,21 @@ def dice(a, b):
     return 2 * (a & b).sum((2, 3)) / (a.sum((2, 3)) + b.sum((2, 3))).clamp(min=1) + ((a | b).sum((2, 3)) == 0)
 
 
+@pytest.mark.parametrize("scheduler", [DDIMScheduler(), DPMSolverPlusPlusScheduler(), DDPMScheduler()])
+def test_memory_does_not_grow_with_steps(scheduler):
+    """The tensors that are alive at a pass are as many at the last step as at the third."""
+    alive = []
+
+    def network(x, timesteps, context):
+        gc.collect()
+        alive.append(sum(isinstance(o, torch.Tensor) for o in gc.get_objects()))
+        return x.clamp(-1, 1)
+
+    settings = {"num_classes": 1, "roi_size": (8, 8), "num_members": 2, "num_steps": 12}
+    DiffusionEnsembleInferer(scheduler, **settings)(torch.rand(1, 1, 8, 8), network)
+    assert len(alive) == 12 and alive[-1] <= alive[2]
+
+
 def test_progress_counts_every_pass(network):
     passes = []
     inferer(num_members=5, member_batch_size=2, progress=passes.append)(torch.rand(2, 1, 8, 8), network)
@@ -212,6 +228,27 @@ def test_one_training_pass(prediction):
     loss.backward()
     noisy = scheduler.add_noise(mask, kwargs["noise"], kwargs["timesteps"])
     torch.testing.assert_close(out, net(noisy, kwargs["timesteps"], batch["image"]))
+
+
+@pytest.mark.parametrize("prediction, own_guess, calls", [("sample", 1.0, 2), ("sample", 0.0, 1), ("epsilon", 1.0, 1)])
+def test_a_batch_is_noised_from_the_networks_own_guess(prediction, own_guess, calls):
+    scheduler = DDIMScheduler(prediction_type=prediction)
+    seen = []
+
+    def network(x, timesteps, context):
+        seen.append((x, timesteps, torch.is_grad_enabled()))
+        return 3 * context
+
+    image, noise, mask = torch.randn(2, 1, 8, 8), torch.randn(2, 1, 8, 8), torch.ones(2, 1, 8, 8)
+    timesteps = torch.tensor([10, 700])
+    infer = DiffusionTrainingInferer(scheduler, own_guess=own_guess)
+    out = infer(mask, network, noise=noise, timesteps=timesteps, condition=image, mode="crossattn")
+    torch.testing.assert_close(out, 3 * image)
+    assert len(seen) == calls and seen[-1][2]
+    start = torch.tanh(3 * image / 2) if calls == 2 else mask  # the logit's x0
+    torch.testing.assert_close(seen[-1][0], scheduler.add_noise(start, noise, timesteps))
+    if calls == 2:
+        assert seen[0][1].tolist() == [999] and not seen[0][2] and not torch.equal(seen[0][0], noise)
 
 
 def test_loss_on_x0_is_dice_and_cross_entropy_in_float32():

@@ -102,6 +102,19 @@ def test_own_noise_schedule_and_its_arguments_are_used():
     torch.testing.assert_close(scheduler.alphas_cumprod, 0.75 ** torch.arange(1, 11).double())
 
 
+@pytest.mark.parametrize("scale", [0.2, 0.7, 3.0])
+def test_signal_scale_is_x0_scaled_and_x_t_brought_back_to_its_variance(scale):
+    plain, scheduler = DDIMScheduler(schedule="cosine"), DDIMScheduler(schedule="cosine", signal_scale=scale)
+    x0, noise = torch.randn(5, 1, 4, 4).double(), torch.randn(5, 1, 4, 4).double()
+    t = torch.tensor([0, 100, 500, 900, 999])
+    alpha_bar = plain.alphas_cumprod[t].view(-1, 1, 1, 1)
+    scaled = alpha_bar.sqrt() * scale * x0 + (1 - alpha_bar).sqrt() * noise
+    expected = scaled / (scale**2 * alpha_bar + 1 - alpha_bar).sqrt()
+    torch.testing.assert_close(scheduler.add_noise(x0, noise, t), expected)
+    with pytest.raises(ValueError, match="signal_scale is 0"):
+        DDIMScheduler(signal_scale=0)
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_zero_terminal_snr(schedule):
     plain = DDIMScheduler(schedule=schedule)
