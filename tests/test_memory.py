@@ -21,7 +21,7 @@ import resource, sys
 from monai.bundle import run
 configs, dataset_dir, models, out, root = sys.argv[1:]
 run(config_file=[f"{configs}/inference.json", f"{configs}/datasets/brats2021_3d.json"], bundle_root=root, device="cpu",
-    dataset_dir=dataset_dir, ckpt_dir=models, output_dir=out, channels=[8, 8], num_res_blocks=1, num_steps=2)
+    dataset_dir=dataset_dir, ckpt_dir=models, output_dir=out, channels=[8, 8], num_res_blocks=1, num_steps=1)
 print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)  # Linux counts in KiB
 """
 
