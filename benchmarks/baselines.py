@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from monai.bundle import ConfigParser
 from monai.metrics import compute_dice
+from monai.transforms import Orientation
 from torch import Tensor
 
 from medsegdiff_monai.data import DataSpec, evaluation_items, training_splits
@@ -46,8 +47,11 @@ def main() -> None:
     spec = DataSpec(*(config[k] for k in ("spatial_dims", "in_channels", "num_classes", "regions")))
     regions = Regions(spec.num_classes, spec.regions)
 
+    orient = Orientation("RAS")
+
     def masks(items: list[dict]) -> list[Tensor]:
-        return [regions.masks(load_image(item["label"]).as_tensor()) for item in items]
+        labels = (load_image(item["label"]) for item in items)
+        return [regions.masks(orient(label) if spec.spatial_dims == 3 else label).as_tensor() for label in labels]
 
     grid = [GRID[spec.spatial_dims]] * spec.spatial_dims
     training = [resize(m, grid) for m in masks(training_splits(config["dataset_dir"], spec)["training"])]

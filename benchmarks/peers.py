@@ -24,7 +24,9 @@ from torch.optim.swa_utils import AveragedModel
 
 from medsegdiff_monai.losses import DiffusionSegmentationLoss
 
-__all__ = ["PEERS", "Peer", "parameters", "train"]
+from .forward import parameters
+
+__all__ = ["PEERS", "Peer", "train"]
 
 MONAI_STEPS = 50
 PEER_STEPS = 250  # what the public code recommends
@@ -45,11 +47,6 @@ class Peer:
     loss: Callable[[Tensor, Tensor], Tensor]
     segment: Callable[[nn.Module, Tensor], Tensor]
     passes: int
-
-
-def parameters(net: nn.Module) -> float:
-    """Return the number of parameters in 10^6."""
-    return sum(p.numel() for p in net.parameters()) / 1e6
 
 
 def unet(parser: ConfigParser) -> Peer:

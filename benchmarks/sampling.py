@@ -32,7 +32,8 @@ from torch import Tensor, nn
 
 from medsegdiff_monai.schedulers import DDIMScheduler, DDPMScheduler, DPMSolverPlusPlusScheduler
 
-from .peers import PEERS, parameters, train
+from .forward import parameters
+from .peers import PEERS, train
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "bundle" / "configs"
@@ -103,6 +104,8 @@ class Rows:
 def train_ours(setting: Setting) -> float:
     """Train through the bundle unless the weights are there; returns the seconds it took."""
     done = setting.work_dir / "trained.json"
+    made_of = {"overlay": setting.overlay, "roi_size": setting.roi_size, "channels": setting.channels}
+    made_of |= {"epochs": setting.epochs, "cases": setting.cases, "seed": setting.seed}
     if not done.is_file():
         command = ["-m", "monai.bundle", "run", "training", "--config_file", str(setting.files("train"))]
         for name, value in {
@@ -120,8 +123,11 @@ def train_ours(setting: Setting) -> float:
             command += [f"--{name}", str(value)]
         start = time.perf_counter()
         subprocess.run([sys.executable, *command], check=True)
-        done.write_text(json.dumps({"seconds": time.perf_counter() - start}))
-    return json.loads(done.read_text())["seconds"]
+        done.write_text(json.dumps({"seconds": time.perf_counter() - start, **made_of}))
+    trained = json.loads(done.read_text())
+    if any(trained[key] != value for key, value in made_of.items()):
+        raise SystemExit(f"{done}: holds a run of other settings, {trained}: give another --work_dir.")
+    return trained["seconds"]
 
 
 class Cases:
@@ -197,10 +203,11 @@ def load_ours(setting: Setting) -> nn.Module:
 def grid(setting: Setting, rows: Rows, net: nn.Module, cases: Cases) -> None:
     """Measure members × steps × sampler; fewer members are the first ones of the most."""
     for sampler, steps in ((sampler, steps) for sampler in SAMPLERS for steps in STEPS):
-        if not rows.has(sampler=sampler, steps=steps, members=MEMBERS[-1], amp=False):
+        missing = [m for m in MEMBERS if not rows.has(sampler=sampler, steps=steps, members=m, amp=False)]
+        if missing:
             draw = inferer(setting, sampler, steps, MEMBERS[-1])
             drawn = [draw(image[None], net)[0] for image in cases.images]
-            for members in MEMBERS:
+            for members in missing:
                 rows.add(**measure(setting, net, cases, drawn, sampler, steps, members, amp=False))
     if not rows.has(amp=True):
         sampler, steps, members = shipped(setting)

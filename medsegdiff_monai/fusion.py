@@ -136,7 +136,7 @@ class MemberSummary:
 
     def sizes(self) -> Tensor:
         """Number of voxels of each member's mask, (members, classes), float64."""
-        return self.votes.flatten(2).sum(2).double()
+        return self.votes.flatten(2).sum(2).cpu().double()
 
     def pairwise_dice(self) -> Tensor:
         """Mean Dice over all pairs of members, (classes,), float64; two empty masks agree, one member gives NaN."""
@@ -144,7 +144,7 @@ class MemberSummary:
         pairs = list(combinations(range(len(self.votes)), 2))
         scores = torch.full((len(pairs), sizes.shape[1]), float("nan"), dtype=torch.float64)
         for score, (a, b) in zip(scores, pairs):
-            common = (self.votes[a] & self.votes[b]).flatten(1).sum(1)
+            common = (self.votes[a] & self.votes[b]).flatten(1).sum(1).cpu()
             total = sizes[a] + sizes[b]
             score.copy_(torch.where(total > 0, 2 * common / total.clamp(min=1), 1.0))
         return scores.mean(0)

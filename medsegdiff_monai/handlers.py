@@ -191,7 +191,7 @@ class TrainingCheckpoint:
     have done in an epoch. A run that starts anew removes the checkpoints of an earlier one as soon as it has its own.
 
     Args:
-        objects: what to save, by name: networks, optimiser, learning-rate schedule. The trainer is added.
+        objects: what to save, by name: networks, optimiser, learning-rate schedule.
         validator: validator whose best score is kept, too.
         ckpt_dir: folder of ``checkpoint_epoch=N.pt``.
         resume: whether to continue from the newest checkpoint there; without one, training starts anew.
@@ -223,9 +223,8 @@ class TrainingCheckpoint:
         return {int(match[1]): path for match, path in found if match}
 
     def _save(self, engine: Engine) -> None:
-        objects = {**self.objects, "trainer": engine}
         saver = DiskSaver(str(self.ckpt_dir), atomic=True, create_dir=True, require_empty=False)
-        content = {name: item.state_dict() for name, item in objects.items()}
+        content = {name: item.state_dict() for name, item in self.objects.items()}
         saver(content, f"checkpoint_epoch={engine.state.epoch}.pt")
         for epoch, path in self._files().items():
             if not engine.state.epoch - self.n_saved < epoch <= engine.state.epoch:
@@ -246,7 +245,8 @@ class TrainingCheckpoint:
                 _load_weights(files[newest], item, content.get(name))
             else:
                 item.load_state_dict(content[name])
-        engine.load_state_dict({**content["trainer"], "epoch_length": length, "max_epochs": max_epochs})
+        # by epochs: a checkpoint ends one, and another batch size changes the number of iterations
+        engine.load_state_dict({"epoch": newest, "epoch_length": length, "max_epochs": max_epochs})
         logger.info(f"Resumed from {files[newest]}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -44,16 +45,23 @@ class DiffusionTrainingInferer(DiffusionInferer):
         self, inputs: Tensor, diffusion_model: Any, **kwargs: Any
     ) -> Tensor:
         """Noise ``inputs`` (the mask) and return what the network makes of it; see MONAI's ``DiffusionInferer``."""
-        with torch.autocast(inputs.device.type, dtype=torch.bfloat16, enabled=self.amp):
-            if self.own_guess > 0 and torch.rand(()).item() < self.own_guess:
-                inputs = self._guess(inputs, diffusion_model, kwargs["condition"])
+        if self.own_guess > 0 and torch.rand(()).item() < self.own_guess:
+            inputs = self._guess(inputs, diffusion_model, kwargs["condition"])
+        with self._autocast(inputs):
             return super().__call__(inputs, diffusion_model, **kwargs)
+
+    def _autocast(self, like: Tensor, **kwargs: Any) -> torch.autocast:
+        return torch.autocast(like.device.type, dtype=torch.bfloat16, enabled=self.amp, **kwargs)
 
     @torch.no_grad()
     def _guess(self, mask: Tensor, network: Callable, image: Tensor) -> Tensor:
         """The mask in [-1, 1] that the network, in training mode, makes of pure noise."""
         last = torch.full((1,), self.scheduler.num_train_timesteps - 1, device=mask.device)
-        return torch.tanh(network(torch.randn_like(mask), last, image).to(mask.dtype) / 2)
+        with self._autocast(
+            mask, cache_enabled=False
+        ):  # weights cast here have no gradient, and must not be used again
+            logits = network(torch.randn_like(mask), last, image)
+        return torch.tanh(logits.to(mask.dtype) / 2)
 
 
 class DiffusionEnsembleInferer(Inferer):
@@ -80,7 +88,8 @@ class DiffusionEnsembleInferer(Inferer):
         member_batch_size: members that are drawn at a time; by default all. Fewer take less memory.
         agreement_threshold: Dice, such as 0.99. After each batch of members (by default of one) the mask of the mean of
             all members so far is compared with that of the batch before; once no class of no image in the batch
-            changes by more than this, no further members are drawn. By default all are.
+            changes by more than this, no further members are drawn. By default all are. Where windows are needed,
+            each batch goes over all of them, and encodes them anew.
         progress: called after each pass of the network with the number of samples in it, such as the ``update`` of a
             tqdm bar; by default silent.
         amp: whether to use bfloat16 autocast.
@@ -218,10 +227,11 @@ class DiffusionEnsembleInferer(Inferer):
             try:
                 parts.append(self._sample(noise[:, batch], members[batch], context, network))
             except RuntimeError as error:  # CUDA's and MPS's are its subclasses, the CPU allocator's has no name
-                if self._halved or self.member_batch_size == 1 or "memory" not in str(error):
+                size = noise[:, batch].shape[1]
+                if self._halved or size == 1 or not re.search("out of memory|can't allocate memory", str(error)):
                     raise
                 self._halved = True
-                self.member_batch_size //= 2
+                self.member_batch_size = size // 2
                 logger.warning(f"Out of memory: member_batch_size is now {self.member_batch_size}. {error}")
                 continue
             done += parts[-1].shape[1]

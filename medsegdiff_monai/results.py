@@ -17,13 +17,14 @@ import torch
 from ignite.engine import Engine, Events
 from monai.data import MetaTensor
 from monai.data.utils import to_affine_nd
-from monai.metrics import CalibrationErrorMetric, compute_dice, compute_iou
+from monai.metrics import compute_dice, compute_iou
 from monai.transforms import EnsureChannelFirst, LoadImage
 from PIL import Image
 from torch import Tensor
 
 from .data.datalist import case_names, segmentation_file
 from .handlers import write_atomically
+from .metrics import expected_calibration_error
 from .transforms import Regions
 
 __all__ = ["CaseWriter", "nifti_bytes", "overlay_bytes"]
@@ -172,6 +173,7 @@ class CaseWriter:
         self.rows: dict[str, dict[str, Any]] = {}
         self._read = LoadImage(image_only=True)
         self._channel_first = EnsureChannelFirst()
+        self._columns: list[str] = []  # of the table as it stands
         self._began = 0.0
         self._fresh: list[dict[str, Any]] = []  # rows of this run
 
@@ -220,12 +222,25 @@ class CaseWriter:
             row.update(self._scores(output, label))
         self._write_files(case, source, image, affine, output, label, row)
         self._fresh.append(row)
-        self.rows[case] = row
+        self._write_row(row)
+
+    def _write_row(self, row: dict[str, Any]) -> None:
+        """Append a row to the table; write all of it anew where its columns change or the case has a row."""
+        known = self._columns or [key for earlier in self.rows.values() for key in earlier]
+        columns = list(dict.fromkeys([*known, *row]))
+        append = columns == self._columns and row["case"] not in self.rows
+        self.rows[row["case"]] = row
         text = io.StringIO()
-        table = csv.DictWriter(text, list(dict.fromkeys(key for r in self.rows.values() for key in r)), restval="")
+        table = csv.DictWriter(text, columns, restval="")
+        if append:
+            table.writerow(row)
+            with (self.output_dir / "cases.csv").open("ab") as file:
+                file.write(text.getvalue().encode())
+            return
         table.writeheader()
         table.writerows(self.rows.values())
         write_atomically(self.output_dir / "cases.csv", text.getvalue().encode())
+        self._columns = columns
 
     def _sizes(self, output: Mapping[str, Tensor], affine: np.ndarray) -> dict[str, float]:
         """Size of each class, and its standard deviation over the members where there are several."""
@@ -245,7 +260,7 @@ class CaseWriter:
         values = {
             "dice": compute_dice(mask, truth, ignore_empty=False),
             "iou": compute_iou(mask, truth, ignore_empty=False),
-            "ece": CalibrationErrorMetric()(y_pred=output["mean_prob"][None], y=truth),
+            "ece": expected_calibration_error(output["mean_prob"], label)[None],
         }
         return {f"{k}_{n}": round(float(v), 6) for k, row in values.items() for n, v in zip(self.regions.names, row[0])}
 

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from itertools import chain
+from typing import Any
 
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
-from monai.transforms import ClipIntensityPercentiles, Compose, MapTransform, NormalizeIntensity, ScaleIntensityRange
+from monai.transforms import (
+    ClipIntensityPercentiles,
+    Compose,
+    MapTransform,
+    NormalizeIntensity,
+    RandCropByLabelClassesd,
+    ScaleIntensityRange,
+)
 from torch import Tensor
 
 from .errors import InputError
 from .fusion import MemberSummary, check_fusion
 
-__all__ = ["FuseMembersd", "LabelsToRegionsd", "NormalizeImaged", "Regions", "num_labels"]
+__all__ = ["FuseMembersd", "LabelsToRegionsd", "NormalizeImaged", "RandCropByClassd", "Regions"]
 
 
 class Regions:
@@ -69,9 +77,32 @@ class Regions:
         return label
 
 
-def num_labels(num_classes: int, regions: Mapping[str, Sequence[int]] | None = None) -> int:
-    """Return the number of values of a label map that :class:`Regions` describes: the largest one plus background."""
-    return max(Regions(num_classes, regions).labels) + 1
+class RandCropByClassd(RandCropByLabelClassesd):
+    """MONAI's crop around a voxel of a class drawn at random, background among them, for label values of any size.
+
+    Args:
+        keys: what to crop.
+        label_key: label map (1, *spatial).
+        spatial_size: size of the patch.
+        num_classes: see :class:`Regions`.
+        regions: see :class:`Regions`.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        label_key: str,
+        spatial_size: Sequence[int],
+        num_classes: int,
+        regions: Mapping[str, Sequence[int]] | None = None,
+    ) -> None:
+        labels = sorted(Regions(num_classes, regions).labels)
+        super().__init__(keys, label_key, spatial_size, num_classes=len(labels), warn=False)
+        self.labels = torch.tensor(labels)
+
+    def randomize(self, label: Tensor, indices: Any = None, image: Tensor | None = None) -> None:
+        """Draw the centre; MONAI looks for every value up to the largest, so these are numbered without gaps."""
+        super().randomize(torch.bucketize(torch.as_tensor(label), self.labels.to(label.device)), indices, image)
 
 
 class NormalizeImaged(MapTransform):

@@ -67,6 +67,12 @@ BAD_DATA = {
         lambda d: edit(d / "label_0.nii.gz", lambda a: np.where(a == 2, 7, a).astype(np.uint8)),
         ["label_0.nii.gz", "7", "num_classes=2"],
     ),
+    "image and label lie at different places": (
+        lambda d: nib.save(
+            nib.Nifti1Image(np.zeros((16, 16, 8), np.uint8), np.diag([-1, 1, 1, 1])), d / "label_1.nii.gz"
+        ),
+        ["label_1.nii.gz", "affine differs", "copy the image's geometry"],
+    ),
     "channels": (
         lambda d: edit(d / "image_3.nii.gz", lambda a: np.stack([a] * 4, -1)),
         ["image_3.nii.gz", "4 channels", "--in_channels 4"],

@@ -67,6 +67,14 @@ def test_handlers_are_inline_and_channel_first_is_a_transform_of_its_own():
     assert kinds[:2] == ["LoadImaged", "EnsureChannelFirstd"]
 
 
+@pytest.mark.parametrize("name, path", [("train", "validate#"), ("evaluate", ""), ("inference", "")])
+def test_all_that_is_fused_and_scored_is_taken_to_one_device(name, path):
+    parser = ConfigParser()
+    parser.read_config(str(CONFIGS / f"{name}.json"))
+    first = parser[f"{path}postprocessing#transforms#0"]
+    assert first["device"] == "cpu" and set(first["keys"]) >= {"pred", *(["label"] if name != "inference" else [])}
+
+
 def test_configs_call_nothing_but_known_libraries():
     for file in CONFIGS.rglob("*.json"):
         text = file.read_text(encoding="utf-8")

@@ -111,6 +111,18 @@ def test_resumed_run_ends_as_the_uninterrupted_one(tmp_path):
     assert sorted(p.name for p in (tmp_path / "b").iterdir()) == kept
 
 
+@pytest.mark.parametrize("length", [1, 6])
+def test_resume_counts_epochs_whatever_their_length(tmp_path, length):
+    """Another batch size makes another number of iterations; what was trained stays trained."""
+    make_trainer(torch.nn.Linear(2, 1), tmp_path, max_epochs=2).run([0, 0, 0], max_epochs=2)
+    seen = []
+    trainer = make_trainer(torch.nn.Linear(2, 1), tmp_path, resume=True)
+    trainer.add_event_handler(Events.EPOCH_STARTED, lambda engine: seen.append(engine.state.epoch))
+    trainer.run([0] * length, max_epochs=4)
+    assert seen == [3, 4]
+    assert sorted(p.name for p in tmp_path.glob("*.pt")) == ["checkpoint_epoch=3.pt", "checkpoint_epoch=4.pt"]
+
+
 def test_new_run_removes_the_checkpoints_of_an_older_longer_one(tmp_path):
     make_trainer(torch.nn.Linear(2, 1), tmp_path).run([0], max_epochs=5)
     make_trainer(torch.nn.Linear(2, 1), tmp_path).run([0], max_epochs=1)

@@ -7,8 +7,15 @@ from itertools import permutations, product
 import numpy as np
 import pytest
 import torch
+from monai.metrics import CalibrationErrorMetric
 
-from medsegdiff_monai.metrics import generalised_energy_distance, hungarian_matched_iou, iou_matrix, nested_masks
+from medsegdiff_monai.metrics import (
+    expected_calibration_error,
+    generalised_energy_distance,
+    hungarian_matched_iou,
+    iou_matrix,
+    nested_masks,
+)
 
 
 def iou(a: np.ndarray, b: np.ndarray) -> float:
@@ -54,3 +61,22 @@ def test_iou_of_empty_masks_and_nested_masks():
     empty = torch.zeros(1, 3, 3, dtype=torch.bool)
     assert iou_matrix(empty, torch.cat([empty, ~empty])).tolist() == [[1, 0]]
     assert nested_masks(torch.tensor([0, 1, 3, 4]), 4).int().sum(0).tolist() == [0, 1, 3, 4]
+
+
+def test_calibration_error_is_that_of_monai_and_of_the_definition():
+    probability, truth = torch.rand(2, 9, 8, 7), (torch.rand(2, 9, 8, 7) > 0.7).float()
+    actual = expected_calibration_error(probability, truth)
+    monai = CalibrationErrorMetric(num_bins=20)(y_pred=probability[None], y=truth[None])[0]
+    torch.testing.assert_close(actual, monai.double(), atol=1e-5, rtol=0)
+    p, y = probability[0].double().numpy().ravel(), truth[0].numpy().ravel()
+    bins = np.minimum((p * 20).astype(int), 19)
+    expected = sum(abs(p[bins == b].mean() - y[bins == b].mean()) * (bins == b).mean() for b in set(bins))
+    assert float(actual[0]) == pytest.approx(expected, abs=1e-5)
+
+
+def test_calibration_error_counts_more_voxels_than_float32_can():
+    """All in one bin, half of them above 2^24: the error is the distance of the two means."""
+    probability = torch.full((1, 20, 1000, 1000), 0.03)
+    truth = torch.zeros_like(probability)
+    truth[:, :2] = 1
+    assert float(expected_calibration_error(probability, truth)) == pytest.approx(0.07, abs=1e-5)

@@ -8,8 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from monai.data import MetaTensor
+from monai.data.utils import to_affine_nd
 from tqdm import tqdm
 
 from ..errors import InputError
@@ -62,6 +64,11 @@ def _check_image(path: str | Sequence[str], spec: DataSpec) -> MetaTensor:
     return image
 
 
+def same_affine(a: MetaTensor, b: MetaTensor) -> bool:
+    """Whether two images lie at the same place, but for what rounding does to an affine in a file."""
+    return np.allclose(to_affine_nd(3, a.affine), to_affine_nd(3, b.affine), rtol=1e-3, atol=1e-2)
+
+
 def _check_label(path: str, image: MetaTensor, spec: DataSpec, regions: Regions) -> bool:
     """Check a label map; returns whether it has any foreground."""
     label = load_image(path)
@@ -73,6 +80,8 @@ def _check_label(path: str, image: MetaTensor, spec: DataSpec, regions: Regions)
         raise InputError(
             f"{path}: label of size {list(label.shape[1:])}, image of size {list(image.shape[1:])}: they must be equal."
         )
+    if spec.spatial_dims == 3 and not same_affine(label, image):  # 2D images stay as they are stored
+        raise InputError(f"{path}: its affine differs from the image's: copy the image's geometry to the label.")
     values = set(torch.unique(label.as_tensor()).tolist())
     unknown = sorted(values - regions.labels)
     if unknown:

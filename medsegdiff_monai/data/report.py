@@ -16,13 +16,12 @@ from typing import Any, TypeGuard
 import numpy as np
 import torch
 from monai.data import MetaTensor
-from monai.data.utils import to_affine_nd
 from tqdm import tqdm
 
 from ..errors import InputError
 from ..handlers import write_atomically
 from ..settings import as_bool
-from .checks import SHOWN
+from .checks import SHOWN, same_affine
 from .fingerprint import CaseFacts, fingerprint, measure, propose
 from .reading import inside, load_image, read_json
 
@@ -249,7 +248,7 @@ def _label_faults(label: MetaTensor, path: Path, image: MetaTensor) -> list[str]
     if label.shape[1:] != image.shape[1:]:
         sizes = f"{list(label.shape[1:])}, image of size {list(image.shape[1:])}"
         faults.append(f"{path}: label of size {sizes}: they must be equal.")
-    elif not np.allclose(to_affine_nd(3, label.affine), to_affine_nd(3, image.affine), rtol=1e-3, atol=1e-2):
+    elif not same_affine(label, image):
         faults.append(f"{path}: its affine differs from the image's: copy the image's geometry to the label.")
     values = torch.unique(label.as_tensor())
     odd = values[~((values >= 0) & (values == values.round()))]  # NaN compares as unequal
