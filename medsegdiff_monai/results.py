@@ -216,7 +216,8 @@ class CaseWriter:
         row = {"case": case, "source": source, **self._sizes(output, affine), "seconds": round(seconds, 3)}
         for name in ("uncertainty_entropy", "uncertainty_mi"):
             row[f"mean_{name}"] = round(float(output[name].mean()), 6)
-        if len(output["member_sizes"]) > 1:
+        row["members"] = members = len(output["member_sizes"])
+        if members > 1:
             row["mean_pairwise_dice"] = round(float(output["pairwise_dice"].mean()), 6)
         if label is not None:
             row.update(self._scores(output, label))

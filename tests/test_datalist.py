@@ -64,6 +64,14 @@ def test_without_labelled_validation_or_test_the_cases_held_out_in_training_are_
         )
 
 
+def test_without_other_lists_the_cases_held_out_in_training_are_segmented(tmp_path):
+    make_png_dataset(tmp_path, cases=10)
+    write_json(tmp_path, training=[{"image": f"image_{i}.png", "label": f"label_{i}.png"} for i in range(10)])
+    held = [item["case"] for item in training_splits(str(tmp_path), RGB, seed=3)["validation"]]
+    found = inference_items(str(tmp_path), RGB, str(tmp_path / "out"), "none.pt", seed=3)
+    assert [item["case"] for item in found] == held and len(held) == 2
+
+
 def test_test_images_may_be_plain_names_without_labels(tmp_path):
     make_png_dataset(tmp_path, cases=2)
     write_json(tmp_path, test=["image_0.png"])

@@ -51,7 +51,7 @@ def _check_image(path: str | Sequence[str], spec: DataSpec) -> MetaTensor:
     if dims != spec.spatial_dims:
         raise InputError(
             f"{name}: has {dims} spatial axes, spatial_dims={spec.spatial_dims}: set --spatial_dims {dims}, "
-            "or use a data set of that kind."
+            "or give the overlay that fits the data."
         )
     if channels != spec.in_channels:
         raise InputError(

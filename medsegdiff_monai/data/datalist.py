@@ -241,6 +241,7 @@ def inference_items(
     infer_split: str | None = None,
     overwrite: bool | str = False,
     images: Sequence[str] | None = None,
+    seed: int = 0,
 ) -> CaseList:
     """Return the cases to segment: those of a Decathlon folder, or all images below a plain folder.
 
@@ -255,6 +256,7 @@ def inference_items(
         infer_split: ``training``, ``validation`` or ``test``, to choose another list.
         overwrite: whether to segment finished cases again.
         images: files to segment, in place of ``dataset_dir``.
+        seed: seed of the training's split, for a Decathlon folder that lists training cases alone: those held out.
 
     Raises:
         InputError: where there is nothing to read, or no case is good.
@@ -265,7 +267,10 @@ def inference_items(
         folder = _dataset_folder(dataset_dir)
         file = folder / "dataset.json"
         if file.is_file():
-            items = _split(_read_lists(folder), ("test", "validation"), infer_split, "infer_split", file)
+            lists = _read_lists(folder)
+            if infer_split is None and not lists["test"] and not lists["validation"]:
+                lists["validation"] = hold_out(lists["training"], seed)[1]
+            items = _split(lists, ("test", "validation"), infer_split, "infer_split", file)
         else:
             items = _walk(folder, Path(output_dir))
         if not items:
