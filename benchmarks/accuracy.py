@@ -138,7 +138,7 @@ def run(data: str, method: str, seed: int, options: argparse.Namespace) -> dict[
     return {
         **key(data, method, seed, options.seconds),
         "iterations": iterations,
-        "parameters_m": round(parameters(module), 3),
+        "parameters_m": round(parameters(module), 4),
         "passes": peer.passes,
         **evaluate(data, configure("evaluate", data, options.data_root, seed, ablation), peer, module),
         "field": parser["roi_size"],
