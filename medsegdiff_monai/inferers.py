@@ -43,7 +43,7 @@ class DiffusionTrainingInferer(DiffusionInferer):
         self.own_guess = own_guess if scheduler.prediction_type == "sample" else 0.0
 
     def __call__(  # type: ignore[override]
-        self, inputs: Tensor, diffusion_model: Any, *args: Any, timesteps: Tensor, condition: Tensor, **kwargs: Any
+        self, inputs: Tensor, diffusion_model: Any, *, timesteps: Tensor, condition: Tensor, **kwargs: Any
     ) -> Tensor:
         """Noise ``inputs`` (the mask) and return what the network makes of it; see MONAI's ``DiffusionInferer``."""
         last = self.scheduler.num_train_timesteps - 1
@@ -52,7 +52,7 @@ class DiffusionTrainingInferer(DiffusionInferer):
             inputs = inputs.clone()
             inputs[chosen] = self._guess(inputs[chosen], diffusion_model, condition[chosen])
         with self._autocast(inputs):
-            return super().__call__(inputs, diffusion_model, *args, timesteps=timesteps, condition=condition, **kwargs)
+            return super().__call__(inputs, diffusion_model, timesteps=timesteps, condition=condition, **kwargs)
 
     def _autocast(self, like: Tensor, **kwargs: Any) -> torch.autocast:
         return torch.autocast(like.device.type, dtype=torch.bfloat16, enabled=self.amp, **kwargs)
