@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import accuracy, peers, sampling
+from benchmarks import accuracy, figures, peers, results, sampling
 
 from .conftest import make_nifti_dataset, make_png_dataset, write_json
 
@@ -35,10 +35,10 @@ def test_accuracy_trains_each_method_once_and_scores_it(tmp_path, monkeypatch):
     small = {"roi_size": [16, 16], "channels": [8, 8]}
     flat = {"roi_size": [16, 16, 16], "channels": [8, 8]}
     monkeypatch.setattr(accuracy, "SETS", {"LGG_MRI": ("lgg_mri", small), "Hippocampus3D": ("hippocampus", flat)})
-    results = tmp_path / "results.jsonl"
-    arguments = ["--data_root", tmp_path, "--seeds", 0, "--seconds", 0.2, "--results", results, "--work_dir", tmp_path]
+    file = tmp_path / "results.jsonl"
+    arguments = ["--data_root", tmp_path, "--seeds", 0, "--seconds", 0.2, "--results", file, "--work_dir", tmp_path]
     call(monkeypatch, accuracy, *arguments, "--data", "LGG_MRI", "Hippocampus3D")
-    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert {(r["data"], r["method"]) for r in rows} == {(d, m) for d in accuracy.SETS for m in accuracy.METHODS}
     for row in rows:
         classes = 1 if row["data"] == "LGG_MRI" else 2
@@ -48,6 +48,18 @@ def test_accuracy_trains_each_method_once_and_scores_it(tmp_path, monkeypatch):
     assert size["plain DPM"] < size["+ dynamic conditioning"] < size["+ FF-Parser"]
     monkeypatch.setattr(accuracy, "run", lambda *_: pytest.fail("a run that is in the results was repeated"))
     call(monkeypatch, accuracy, *arguments, "--data", "LGG_MRI")
+
+    pages = tmp_path / "results.md"
+    call(monkeypatch, results, "--results", file, "--output", pages)
+    page = pages.read_text(encoding="utf-8")
+    assert all(f"### {data}" in page for data in accuracy.SETS)
+    lines = [line for line in page.splitlines() if line.startswith("| + FF-Parser")]
+    means = [sum(row["dice"]) / len(row["dice"]) for row in rows if row["method"] == "+ FF-Parser"]
+    assert [line.split(" | ")[4] for line in lines] == [f"{mean:.3f}" for mean in means]
+
+    arguments = ["--data_root", tmp_path, "--seconds", 0.2, "--work_dir", tmp_path, "--output_dir", tmp_path]
+    call(monkeypatch, figures, *arguments, "--data", "LGG_MRI")
+    assert (tmp_path / "LGG_MRI.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_sampling_writes_a_table_and_goes_on_from_finished_rows(tmp_path, monkeypatch):
