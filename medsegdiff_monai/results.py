@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from .data.datalist import case_names, segmentation_file
-from .handlers import write_atomically
+from .files import write_atomically
 from .metrics import expected_calibration_error
 from .transforms import Regions
 
