@@ -1,14 +1,16 @@
-"""Ignite handlers: weights, checkpoints, safety, progress and history of a training run."""
+"""Ignite handlers: weights, checkpoints, seeding, safety, progress and history of a training run."""
 
 from ..files import write_atomically
 from .checkpoints import TrainingCheckpoint
 from .history import TrainingHistory
 from .progress import TrainingProgress
 from .safety import GradientClipping, StopOnBadLoss
+from .seeding import EpochSeeding
 from .weights import BestModelSaver, ModelEMA, WeightsLoader
 
 __all__ = [
     "BestModelSaver",
+    "EpochSeeding",
     "GradientClipping",
     "ModelEMA",
     "StopOnBadLoss",
