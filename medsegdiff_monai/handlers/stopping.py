@@ -32,7 +32,7 @@ class EarlyStopping:
 
     def __init__(self, validator: Engine, patience: int, val_interval: int) -> None:
         if patience < 1:
-            raise InputError(f"patience={patience} must be at least 1 validation, or None.")
+            raise InputError(f"patience={patience} must be at least 1; leave it out to train for all max_epochs.")
         self.validator: Any = validator  # MONAI's workflows add to its state
         self.patience = patience
         self.val_interval = val_interval
@@ -50,7 +50,7 @@ class EarlyStopping:
         if self._exhausted(engine):
             raise InputError(
                 f"this training stopped early at epoch {engine.state.epoch} (patience={self.patience}): set --patience "
-                "higher, or None, to train on."
+                "higher, or leave it out, to train on."
             )
 
     def __call__(self, engine: Engine) -> None:
