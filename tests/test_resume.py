@@ -76,6 +76,7 @@ def kill_at_random(process: subprocess.Popen, folder: Path, rng: random.Random) 
         now = {entry for entry in changes(folder) if not entry[0].endswith("log.txt")}
         writes -= now != before
         before = now
+        time.sleep(0.005)
     time.sleep(delay)
     process.send_signal(signal.SIGKILL)
     process.wait()

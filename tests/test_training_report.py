@@ -18,7 +18,7 @@ from .conftest import PICTURE_SETTINGS, VOLUME_SETTINGS, make_png_dataset
 from .test_bad_input import message
 
 
-def test_a_training_shows_how_it_goes_and_stops_early(bundle, tmp_path, caplog):
+def test_a_training_shows_how_it_goes_and_stops_early(bundle, tmp_path, capsys):
     """Weights that do not learn have their best validation first; patience ends that through the real config."""
     data = tmp_path / "data"
     data.mkdir()
@@ -27,9 +27,8 @@ def test_a_training_shows_how_it_goes_and_stops_early(bundle, tmp_path, caplog):
         **PICTURE_SETTINGS, "dataset_dir": data, "learning_rate": 0.0, "max_epochs": 9, "patience": 2,
         "validate#handlers#3#number": 2,
     }  # fmt: skip
-    with caplog.at_level("INFO"):
-        out = bundle("train", **settings)
-    assert "Stopped early: no validation since epoch 1 was better (patience=2)" in caplog.text
+    out = bundle("train", **settings)
+    assert "Stopped early: no validation since epoch 1 was better (patience=2)" in capsys.readouterr().out
 
     rows = read_history(out)
     assert [row["epoch"] for row in rows] == [1, 2, 3]

@@ -33,7 +33,6 @@ class TrainingReport:
         self.output_dir = Path(output_dir)
         self.validator: Any = validator  # MONAI's workflows add to its state
         self.settings = settings
-        self._done = False
 
     def attach(self, engine: Engine) -> None:
         """Attach to a trainer."""
@@ -42,17 +41,15 @@ class TrainingReport:
 
     def _validated(self, engine: Engine) -> None:
         if self.validator.state.epoch == engine.state.epoch:
-            self(engine)
+            self._write(engine, "training goes on")
 
     def _finish(self, engine: Engine) -> None:
-        self._done = True
-        self(engine)
+        self._write(engine, "stopped early" if engine.state.epoch < (engine.state.max_epochs or 0) else "finished")
 
     @idist.one_rank_only()
-    def __call__(self, engine: Engine) -> None:
-        """Write the report as things stand."""
+    def _write(self, engine: Engine, status: str) -> None:
         rows = read_history(self.output_dir)
-        text = "\n".join([*self._summary(engine, rows), "", *self._scores(rows), "", *self._settings(), ""])
+        text = "\n".join([*self._summary(engine, rows, status), "", *self._scores(rows), "", *self._settings(), ""])
         write_atomically(self.output_dir / "training_report.png", self._picture(rows))
         write_atomically(self.output_dir / "training_report.md", text.encode())
 
@@ -61,9 +58,7 @@ class TrainingReport:
         best = self.validator.state.best_metric_epoch
         return next((row for row in rows if row["epoch"] == best), {})
 
-    def _summary(self, engine: Engine, rows: Rows) -> list[str]:
-        state: Any = engine.state
-        stopped = "stopped early" if state.epoch < state.max_epochs else "finished"
+    def _summary(self, engine: Engine, rows: Rows, status: str) -> list[str]:
         training, waiting, validating = (
             sum(row.get(key, 0.0) for row in rows) for key in ("seconds", "seconds_waiting", "seconds_validating")
         )
@@ -74,7 +69,7 @@ class TrainingReport:
             "",
             "![Curves](training_report.png)",
             "",
-            f"- Epochs: {state.epoch} of {state.max_epochs}, {stopped if self._done else 'training goes on'}",
+            f"- Epochs: {engine.state.epoch} of {engine.state.max_epochs}, {status}",
             f"- Best validation: {score}; its averaged weights are in `model.pt`",
             f"- Time: {_clock(training + validating)}, of which validation took {_clock(validating)}",
             f"- Waiting for data: {waiting / max(training, 1e-9):.1%} of the training time",

@@ -28,6 +28,7 @@ class TensorBoardLog:
     def __init__(self, output_dir: str, validator: Engine) -> None:
         self.log_dir = Path(output_dir) / "tensorboard"
         self.validator = validator
+        self._open = False
 
     def attach(self, engine: Engine) -> None:
         """Attach to a trainer."""
@@ -35,7 +36,10 @@ class TensorBoardLog:
 
     @idist.one_rank_only()
     def __call__(self, engine: Engine) -> None:
-        """Open the log, or say why there is none."""
+        """Open the log, or say why there is none; once, though a trainer may be run several times."""
+        if self._open:
+            return
+        self._open = True
         SummaryWriter, installed = optional_import("torch.utils.tensorboard", name="SummaryWriter")
         if not installed:
             logger.info("No TensorBoard log: it is not installed (pip install 'medsegdiff-monai[tracking]').")
@@ -44,5 +48,5 @@ class TensorBoardLog:
         loss = from_engine("loss", first=True)
         TensorBoardStatsHandler(writer, tag_name="train_loss", epoch_log=False, output_transform=loss).attach(engine)
         TensorBoardStatsHandler(writer, iteration_log=False).attach(self.validator)
-        engine.add_event_handler(Events.COMPLETED, lambda: writer.close())
+        engine.add_event_handler(Events.COMPLETED, lambda: writer.flush())
         logger.info(f"TensorBoard log: tensorboard --logdir {self.log_dir}")

@@ -78,8 +78,8 @@ class SaturationWarning:
     def _count(self, engine: Engine) -> None:
         outputs: Any = engine.state.output
         for output in outputs:
-            mask, label = (output[key].cpu().flatten(1).double() for key in ("mask", "label"))
-            self._counts += torch.stack([mask.sum(1), label.sum(1), torch.ones_like(mask).sum(1)])
+            mask, label = (output[key].flatten(1).sum(1, dtype=torch.float64).cpu() for key in ("mask", "label"))
+            self._counts += torch.stack([mask, label, torch.full_like(mask, output["mask"][0].numel())])
 
     def __call__(self, engine: Engine) -> None:
         """Log the warning; all ranks together have seen the whole split."""
