@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import InputError
-from ..handlers import write_atomically
+from ..files import write_atomically
 from ..results import nifti_bytes
 
 __all__ = ["Case", "CaseFiles", "Layout", "check_label_values", "same_size"]

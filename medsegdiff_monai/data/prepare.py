@@ -14,7 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from ..errors import InputError
-from ..handlers import write_atomically
+from ..files import write_atomically
 from . import brats, ddti, decathlon, folder, refuge
 from .checks import SHOWN
 from .datalist import hold_out

@@ -19,7 +19,7 @@ from monai.data import MetaTensor
 from tqdm import tqdm
 
 from ..errors import InputError
-from ..handlers import write_atomically
+from ..files import write_atomically
 from ..settings import as_bool
 from .checks import SHOWN, same_affine
 from .fingerprint import CaseFacts, fingerprint, measure, propose

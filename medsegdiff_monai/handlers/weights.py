@@ -1,0 +1,154 @@
+"""Weights of a network: averaged, loaded, and the best ones kept."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ignite.distributed as idist
+import torch
+from ignite.engine import Engine, Events
+from ignite.handlers.ema_handler import EMAHandler
+from monai.handlers import CheckpointLoader
+from torch import nn
+
+from ..errors import InputError
+from ..files import replacing
+
+__all__ = ["BestModelSaver", "ModelEMA", "WeightsLoader", "load_checkpoint", "load_weights"]
+
+logger = logging.getLogger(__name__)
+
+
+class ModelEMA(EMAHandler):
+    """Ignite's ``EMAHandler`` for an averaged network that the config has made, set to the network when a run starts.
+
+    Ignite copies the weights when the handler is built, which is before a checkpoint is loaded. The momentum falls as
+    9 / (10 + iteration) to its final value (as in TensorFlow's ``ExponentialMovingAverage``), so that short runs are
+    not held back by their first weights; it depends on the iteration alone, so that a resumed run goes on.
+
+    Args:
+        model: network in training.
+        ema_model: network of the same architecture that receives the averaged weights.
+        momentum: weight of the current weights in each update.
+    """
+
+    def __init__(self, model: nn.Module, ema_model: nn.Module, momentum: float = 0.005) -> None:
+        super().__init__(model, momentum=momentum)
+        self.ema_model = ema_model.requires_grad_(False).eval()
+
+    def attach(self, engine: Engine) -> None:  # type: ignore[override]
+        """Attach to a trainer."""
+        engine.add_event_handler(Events.STARTED, lambda: self.ema_model.load_state_dict(self.model.state_dict()))
+        super().attach(engine, warn_if_exists=False)
+
+    def _update_ema_model(self, engine: Engine, name: str) -> None:
+        setattr(engine.state, name, max(self.momentum, 9 / (10 + engine.state.iteration)))
+        super()._update_ema_model(engine, name)
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint, weights only.
+
+    Raises:
+        InputError: for a missing, truncated or foreign file.
+    """
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such checkpoint: train first, or set --checkpoint FILE.")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises whatever it likes; the file is what matters
+        raise InputError(f"{path}: is truncated or no checkpoint of weights: replace the file.") from error
+    if not isinstance(content, Mapping):
+        raise InputError(f"{path}: holds no weights but a {type(content).__name__}: replace the file.")
+    return dict(content)
+
+
+def load_weights(path: str | Path, model: nn.Module, weights: Any) -> None:
+    """Load weights into a network.
+
+    Raises:
+        InputError: where they are of another architecture.
+    """
+    if not isinstance(weights, Mapping):
+        raise InputError(f"{path}: holds no weights but a {type(weights).__name__}: replace the file.")
+    difference = _mismatch(model.state_dict(), weights)
+    if difference is not None:
+        raise InputError(
+            f"{path}: weights of another architecture ({difference}): set channels, num_classes and the like, or the "
+            "overlays, as in training."
+        )
+    model.load_state_dict(weights)
+
+
+def _mismatch(own: Mapping[str, torch.Tensor], weights: Mapping[str, Any]) -> str | None:
+    """The first difference between the weights of a network and those for it, in words."""
+    for name in own:
+        if not isinstance(weights.get(name), torch.Tensor):
+            return f"it lacks {name}"
+        if own[name].shape != weights[name].shape:
+            return f"{name} is {list(weights[name].shape)} there, {list(own[name].shape)} in the network"
+    extra = [name for name in weights if name not in own]
+    return f"the network has no {extra[0]}" if extra else None
+
+
+class WeightsLoader(CheckpointLoader):
+    """Load the weights of a network when a run starts; MONAI's ``CheckpointLoader`` with plain error messages.
+
+    Args:
+        load_path: file of a state dict, flat or under the key ``model``.
+        model: network to load it into.
+        adapt: layers that depend on the channels of image and mask; where the file has them for other channels, they
+            keep their fresh weights, and are named.
+    """
+
+    def __init__(self, load_path: str, model: nn.Module, adapt: Sequence[str] = ()) -> None:
+        super().__init__(load_path=load_path, load_dict={"model": model})
+        self.model = model
+        self.adapt = adapt
+
+    def __call__(self, engine: Engine) -> None:
+        """Load the weights.
+
+        Raises:
+            InputError: for a missing or truncated file, or weights of another architecture.
+        """
+        content = load_checkpoint(self.load_path)
+        weights = content.get("model", content)
+        for layer in self.adapt if isinstance(weights, Mapping) else ():
+            own = {name: value for name, value in self.model.state_dict().items() if name.startswith(f"{layer}.")}
+            change = _mismatch(own, {name: weights[name] for name in own if name in weights})
+            if change is not None:
+                logger.info(f"{self.load_path}: {change}: the layer {layer} starts anew.")
+                weights = {**weights, **own}
+        load_weights(self.load_path, self.model, weights)
+        logger.info(f"Restored all variables from {self.load_path}")
+
+
+class BestModelSaver:
+    """Write the weights after each validation that is the best so far: a plain state dict, replaced atomically.
+
+    Attach to the validator; its key metric decides, the higher the better.
+
+    Args:
+        model: network whose weights are written.
+        path: file to write.
+    """
+
+    def __init__(self, model: nn.Module, path: str) -> None:
+        self.model = model
+        self.path = Path(path)
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to a validator."""
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
+
+    @idist.one_rank_only()
+    def __call__(self, engine: Engine) -> None:
+        """Write the weights if this validation was the best."""
+        state: Any = engine.state  # MONAI's workflows add to it
+        if state.best_metric_epoch == state.epoch:
+            with replacing(self.path) as temporary:
+                torch.save(self.model.state_dict(), temporary)
