@@ -9,6 +9,7 @@ from ignite.engine import Engine
 from monai.engines import IterationEvents
 from torch import nn
 
+from ..engines import optimizer_step
 from ..errors import InputError
 
 __all__ = ["GradientClipping", "StopOnBadLoss"]
@@ -32,7 +33,8 @@ class GradientClipping:
 
     def __call__(self, engine: Engine) -> None:
         """Clip the gradients."""
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.max_norm)
+        if optimizer_step(engine) is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.max_norm)
 
 
 class StopOnBadLoss:
