@@ -106,7 +106,11 @@ def _faults(items: Sequence[dict[str, Any]], check: Callable[[dict[str, Any]], N
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         # a bar only where it takes a while: a handful of files is read at once
-        return list(tqdm(pool.map(attempt, items), total=len(items), desc="Check data", disable=len(items) < 20 or not is_main()))
+        return list(
+            tqdm(
+                pool.map(attempt, items), total=len(items), desc="Check data", disable=len(items) < 20 or not is_main()
+            )
+        )
 
 
 def check_items(items: Sequence[dict[str, Any]], spec: DataSpec, labelled: bool) -> list[InputError | None]:
