@@ -23,6 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from .data.datalist import case_names, segmentation_file
+from .distributed import gather, is_main
 from .files import write_atomically
 from .metrics import expected_calibration_error
 from .transforms import Regions
@@ -165,7 +166,8 @@ class CaseWriter:
     ``<output_dir>/<case>/<case>_seg.nii.gz``, ``_prob.nii.gz``, ``_uncertainty_entropy.nii.gz``,
     ``_uncertainty_mi.nii.gz``, ``_overlay.png``, ``_seg.png`` where the input was PNG, JPEG or BMP; and a row in
     ``<output_dir>/cases.csv``: size of each class and its standard deviation over the members, mean uncertainty, mean
-    Dice over pairs of members, seconds, and Dice, IoU and expected calibration error where there is a label.
+    Dice over pairs of members, seconds, and Dice, IoU and expected calibration error where there is a label. Of several
+    processes each writes the files of its cases; the first one writes the table, its own rows at once, all in the end.
 
     Args:
         output_dir: folder to write to.
@@ -214,6 +216,12 @@ class CaseWriter:
 
     def _summarise(self, engine: Engine) -> None:
         """Log mean and standard deviation of the scores over the cases of this run."""
+        self._fresh = gather(self._fresh)
+        if not is_main():
+            return
+        if len(self._fresh) > len(self.rows):  # other processes have some
+            self.rows = {row["case"]: row for row in self._fresh}
+            self._write_table(list(dict.fromkeys(key for row in self._fresh for key in row)))
         for key in dict.fromkeys(k for row in self._fresh for k in row if k.startswith(("dice_", "iou_", "ece_"))):
             values = np.array([row[key] for row in self._fresh if key in row])
             logger.info(f"{key}: {values.mean():.4f} (std {values.std():.4f}, {len(values)} cases)")
@@ -233,7 +241,8 @@ class CaseWriter:
             row.update(self._scores(output, label))
         self._write_files(case, source, image, affine, output, label, row)
         self._fresh.append(row)
-        self._write_row(row)
+        if is_main():
+            self._write_row(row)
 
     def _write_row(self, row: dict[str, Any]) -> None:
         """Append a row to the table; write all of it anew where its columns change or the case has a row."""
@@ -241,13 +250,18 @@ class CaseWriter:
         columns = list(dict.fromkeys([*known, *row]))
         append = columns == self._columns and row["case"] not in self.rows
         self.rows[row["case"]] = row
+        if not append:
+            self._write_table(columns)
+            return
+        text = io.StringIO()
+        csv.DictWriter(text, columns).writerow(row)
+        with (self.output_dir / "cases.csv").open("ab") as file:
+            file.write(text.getvalue().encode())
+
+    def _write_table(self, columns: list[str]) -> None:
+        """Write all of the table anew."""
         text = io.StringIO()
         table = csv.DictWriter(text, columns, restval="")
-        if append:
-            table.writerow(row)
-            with (self.output_dir / "cases.csv").open("ab") as file:
-                file.write(text.getvalue().encode())
-            return
         table.writeheader()
         table.writerows(self.rows.values())
         write_atomically(self.output_dir / "cases.csv", text.getvalue().encode())

@@ -14,6 +14,7 @@ from monai.data import MetaTensor
 from monai.data.utils import to_affine_nd
 from tqdm import tqdm
 
+from ..distributed import is_main
 from ..errors import InputError
 from ..transforms import Regions
 from .reading import load_image
@@ -105,7 +106,11 @@ def _faults(items: Sequence[dict[str, Any]], check: Callable[[dict[str, Any]], N
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         # a bar only where it takes a while: a handful of files is read at once
-        return list(tqdm(pool.map(attempt, items), total=len(items), desc="Check data", disable=len(items) < 20))
+        return list(
+            tqdm(
+                pool.map(attempt, items), total=len(items), desc="Check data", disable=len(items) < 20 or not is_main()
+            )
+        )
 
 
 def check_items(items: Sequence[dict[str, Any]], spec: DataSpec, labelled: bool) -> list[InputError | None]:

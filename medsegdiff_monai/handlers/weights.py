@@ -14,6 +14,7 @@ from ignite.handlers.ema_handler import EMAHandler
 from monai.handlers import CheckpointLoader
 from torch import nn
 
+from ..engines import optimizer_step
 from ..errors import InputError
 from ..files import replacing
 
@@ -26,8 +27,8 @@ class ModelEMA(EMAHandler):
     """Ignite's ``EMAHandler`` for an averaged network that the config has made, set to the network when a run starts.
 
     Ignite copies the weights when the handler is built, which is before a checkpoint is loaded. The momentum falls as
-    9 / (10 + iteration) to its final value (as in TensorFlow's ``ExponentialMovingAverage``), so that short runs are
-    not held back by their first weights; it depends on the iteration alone, so that a resumed run goes on.
+    9 / (10 + step) to its final value (as in TensorFlow's ``ExponentialMovingAverage``), so that short runs are not held
+    back by their first weights; it depends on the optimiser's step alone, so that a resumed run goes on.
 
     Args:
         model: network in training.
@@ -45,8 +46,10 @@ class ModelEMA(EMAHandler):
         super().attach(engine, warn_if_exists=False)
 
     def _update_ema_model(self, engine: Engine, name: str) -> None:
-        setattr(engine.state, name, max(self.momentum, 9 / (10 + engine.state.iteration)))
-        super()._update_ema_model(engine, name)
+        step = optimizer_step(engine)
+        if step is not None:
+            setattr(engine.state, name, max(self.momentum, 9 / (10 + step)))
+            super()._update_ema_model(engine, name)
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
