@@ -26,7 +26,8 @@ class ModelEMA(EMAHandler):
 
     Ignite copies the weights when the handler is built, which is before a checkpoint is loaded. The momentum falls as
     9 / (10 + iteration) to its final value (as in TensorFlow's ``ExponentialMovingAverage``), so that short runs are
-    not held back by their first weights; it depends on the iteration alone, so that a resumed run goes on.
+    not held back by their first weights; it depends on the iteration alone, so that a resumed run goes on. The count
+    starts anew where the same trainer is run again with other weights, as in the rounds of a federation.
 
     Args:
         model: network in training.
@@ -40,11 +41,15 @@ class ModelEMA(EMAHandler):
 
     def attach(self, engine: Engine) -> None:  # type: ignore[override]
         """Attach to a trainer."""
-        engine.add_event_handler(Events.STARTED, lambda: self.ema_model.load_state_dict(self.model.state_dict()))
+        engine.add_event_handler(Events.STARTED, self._start)
         super().attach(engine, warn_if_exists=False)
 
+    def _start(self, engine: Engine) -> None:
+        self.ema_model.load_state_dict(self.model.state_dict())
+        self.first_iteration = engine.state.iteration  # a checkpoint, loaded later, sets the engine's alone
+
     def _update_ema_model(self, engine: Engine, name: str) -> None:
-        setattr(engine.state, name, max(self.momentum, 9 / (10 + engine.state.iteration)))
+        setattr(engine.state, name, max(self.momentum, 9 / (10 + engine.state.iteration - self.first_iteration)))
         super()._update_ema_model(engine, name)
 
 
@@ -120,24 +125,27 @@ class WeightsLoader(CheckpointLoader):
 class BestModelSaver:
     """Write the weights after each validation that is the best so far: a plain state dict, replaced atomically.
 
-    Attach to the validator; its key metric decides, the higher the better.
+    Attach to the trainer, after MONAI's ``ValidationHandler``: only validations of the training count, not those of
+    weights that others sent, as in a federation. The key metric of the validator decides, the higher the better.
 
     Args:
         model: network whose weights are written.
         path: file to write.
+        validator: engine that validates during the training.
     """
 
-    def __init__(self, model: nn.Module, path: str) -> None:
+    def __init__(self, model: nn.Module, path: str, validator: Engine) -> None:
         self.model = model
         self.path = Path(path)
+        self.validator = validator
 
     def attach(self, engine: Engine) -> None:
-        """Attach to a validator."""
+        """Attach to a trainer."""
         engine.add_event_handler(Events.EPOCH_COMPLETED, self)
 
     def __call__(self, engine: Engine) -> None:
-        """Write the weights if this validation was the best."""
-        state: Any = engine.state  # MONAI's workflows add to it
-        if state.best_metric_epoch == state.epoch:
+        """Write the weights if the validation of this epoch was the best."""
+        state: Any = self.validator.state  # MONAI's workflows add to it
+        if state.best_metric_epoch == engine.state.epoch:
             saver = DiskSaver(str(self.path.parent), atomic=True, create_dir=True, require_empty=False)
             saver(self.model.state_dict(), self.path.name)
