@@ -82,6 +82,8 @@ class TrainingCheckpoint:
                 path.unlink()
 
     def _load(self, engine: Engine) -> None:
+        if engine.state.iteration:  # a further round of a federation, which has sent its weights
+            return
         files = self._files()
         if not files:
             logger.info(f"No checkpoint in {self.ckpt_dir}: training starts anew.")

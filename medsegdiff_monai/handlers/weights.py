@@ -117,6 +117,8 @@ class WeightsLoader(CheckpointLoader):
         Raises:
             InputError: for a missing or truncated file, or weights of another architecture.
         """
+        if engine.state.iteration:  # a further round of a federation, which has sent its weights
+            return
         content = load_checkpoint(self.load_path)
         load_weights(self.load_path, self.model, content.get("model", content))
         logger.info(f"Restored all variables from {self.load_path}")
