@@ -16,7 +16,7 @@ from monai.networks.schedulers import Scheduler
 from torch import Tensor
 
 from .errors import InputError
-from .settings import as_bool
+from .settings import amp_dtype
 
 __all__ = ["DiffusionEnsembleInferer", "DiffusionTrainingInferer"]
 
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 class DiffusionTrainingInferer(DiffusionInferer):
-    """MONAI's ``DiffusionInferer`` under bfloat16 autocast on any device (MONAI's trainer has it for CUDA only).
+    """MONAI's ``DiffusionInferer`` under autocast on any device (MONAI's trainer has it for CUDA only).
 
     With ``own_guess``, some batches are noised not from the true mask but from what the network makes of pure noise,
     while the target stays the true mask. In sampling the network meets its own masks: without this it trusts what shows
@@ -32,13 +32,13 @@ class DiffusionTrainingInferer(DiffusionInferer):
 
     Args:
         scheduler: adds the noise.
-        amp: whether to use autocast.
+        amp: see :func:`medsegdiff_monai.settings.amp_dtype`.
         own_guess: share of batches noised from the network's own guess; only where it predicts the mask (``sample``).
     """
 
     def __init__(self, scheduler: Scheduler, amp: bool | str = False, own_guess: float = 0.0) -> None:
         super().__init__(scheduler)
-        self.amp = as_bool(amp)
+        self.amp = amp_dtype(amp)
         self.own_guess = own_guess if scheduler.prediction_type == "sample" else 0.0
 
     def __call__(  # type: ignore[override]
@@ -51,7 +51,7 @@ class DiffusionTrainingInferer(DiffusionInferer):
             return super().__call__(inputs, diffusion_model, **kwargs)
 
     def _autocast(self, like: Tensor, **kwargs: Any) -> torch.autocast:
-        return torch.autocast(like.device.type, dtype=torch.bfloat16, enabled=self.amp, **kwargs)
+        return torch.autocast(like.device.type, dtype=self.amp, enabled=self.amp is not None, **kwargs)
 
     @torch.no_grad()
     def _guess(self, mask: Tensor, network: Callable, image: Tensor) -> Tensor:
@@ -92,7 +92,7 @@ class DiffusionEnsembleInferer(Inferer):
             each batch goes over all of them, and encodes them anew.
         progress: called after each pass of the network with the number of samples in it, such as the ``update`` of a
             tqdm bar; by default silent.
-        amp: whether to use bfloat16 autocast.
+        amp: see :func:`medsegdiff_monai.settings.amp_dtype`.
 
     Raises:
         InputError: for numbers out of range; at the call, for an image larger than ``roi_size`` and a sampler that
@@ -131,7 +131,7 @@ class DiffusionEnsembleInferer(Inferer):
         self.agreement_threshold = agreement_threshold
         self.progress = progress
         self.seed = seed
-        self.amp = as_bool(amp)
+        self.amp = amp_dtype(amp)
         self.window = SlidingWindowInferer(self.roi_size, sw_batch_size, overlap, mode="gaussian")
         self._halved = False
 
@@ -171,7 +171,7 @@ class DiffusionEnsembleInferer(Inferer):
         size = image.shape[2:]
         pad = [(max(r - s, 0) // 2, (max(r - s, 0) + 1) // 2) for s, r in zip(size, self.roi_size)]
         image = F.pad(image, [n for sides in reversed(pad) for n in sides])  # by 0, as in training
-        with torch.no_grad(), torch.autocast(image.device.type, dtype=torch.bfloat16, enabled=self.amp):
+        with torch.no_grad(), torch.autocast(image.device.type, dtype=self.amp, enabled=self.amp is not None):
             out = self._ensemble(image, network).flatten(1, 2)
         out = out[(slice(None), slice(None), *(slice(before, before + s) for (before, _), s in zip(pad, size)))]
         return MetaTensor(out).copy_meta_from(inputs) if isinstance(inputs, MetaTensor) else out

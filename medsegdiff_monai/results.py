@@ -27,7 +27,7 @@ from .files import write_atomically
 from .metrics import expected_calibration_error
 from .transforms import Regions
 
-__all__ = ["CaseWriter", "nifti_bytes", "overlay_bytes"]
+__all__ = ["CaseWriter", "nifti_bytes", "overlay_bytes", "read_source"]
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +40,20 @@ COLOURS = np.array(
 def _colour(label: np.ndarray) -> np.ndarray:
     index = label.astype(np.int64)
     return COLOURS[np.where(index > 0, (index - 1) % (len(COLOURS) - 1) + 1, 0)]
+
+
+def read_source(item: Mapping[str, Any]) -> tuple[str, MetaTensor, np.ndarray]:
+    """Read the image of a case anew, in its own grid, as results are.
+
+    Args:
+        item: a case that was segmented, ``image`` being a ``MetaTensor`` of any grid.
+
+    Returns:
+        The file, the image (channels, *spatial), and its affine (4, 4), voxel to millimetres, RAS+.
+    """
+    source = str(item["image"].meta["filename_or_obj"])
+    image: Any = EnsureChannelFirst()(LoadImage(image_only=True)(source))
+    return source, image, np.asarray(to_affine_nd(3, image.affine), dtype=np.float64)  # ITK's is 3 x 3 in 2D
 
 
 def nifti_bytes(array: np.ndarray, affine: np.ndarray, spatial_dims: int) -> bytes:
@@ -171,8 +185,6 @@ class CaseWriter:
         self.regions = Regions(num_classes, regions)
         self.merge = merge
         self.rows: dict[str, dict[str, Any]] = {}
-        self._read = LoadImage(image_only=True)
-        self._channel_first = EnsureChannelFirst()
         self._columns: list[str] = []  # of the table as it stands
         self._began = 0.0
         self._fresh: list[dict[str, Any]] = []  # rows of this run
@@ -208,10 +220,8 @@ class CaseWriter:
         logger.info(f"Results of {len(self._fresh)} cases are in {self.output_dir}")
 
     def _write_case(self, item: Mapping[str, Any], output: Mapping[str, Tensor], seconds: float) -> None:
-        source = str(item["image"].meta["filename_or_obj"])
+        source, image, affine = read_source(item)
         case = item.get("case") or case_names([source])[0]
-        image: Any = self._channel_first(self._read(source))  # in its own grid, as the results are
-        affine = np.asarray(to_affine_nd(3, image.affine), dtype=np.float64)  # ITK's is 3 x 3 in 2D
         label = output["label"] if isinstance(output.get("label"), Tensor) else None
         row = {"case": case, "source": source, **self._sizes(output, affine), "seconds": round(seconds, 3)}
         for name in ("uncertainty_entropy", "uncertainty_mi"):

@@ -9,7 +9,7 @@ import torch
 
 from .errors import InputError
 
-__all__ = ["as_bool", "default_device", "field_size", "find_bundle_root"]
+__all__ = ["amp_dtype", "as_bool", "default_device", "field_size", "find_bundle_root"]
 
 
 def as_bool(value: bool | str) -> bool:
@@ -23,6 +23,18 @@ def as_bool(value: bool | str) -> bool:
     if str(value).lower() in ("true", "false"):
         return str(value).lower() == "true"
     raise InputError(f"{value!r} is no boolean: give true or false.")
+
+
+def amp_dtype(amp: bool | str) -> torch.dtype | None:
+    """Return the dtype of autocast: None for false, bfloat16 for true, or the one that is named.
+
+    Raises:
+        InputError: for another value.
+    """
+    dtypes = {"false": None, "true": torch.bfloat16, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if str(amp).lower() not in dtypes:
+        raise InputError(f"amp={amp!r} must be one of {', '.join(dtypes)}.")
+    return dtypes[str(amp).lower()]
 
 
 def default_device() -> torch.device:

@@ -4,18 +4,32 @@ from __future__ import annotations
 
 import copy
 import json
+import random
 
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
 from ignite.engine import Engine, Events
-from monai.engines import IterationEvents
+from monai.bundle import ConfigParser
+from monai.data import Dataset
+from monai.transforms import RandGaussianNoise
 
 from medsegdiff_monai.engines import cosine_decay
 from medsegdiff_monai.errors import InputError
-from medsegdiff_monai.handlers import BestModelSaver, GradientClipping, ModelEMA, StopOnBadLoss, TrainingCheckpoint
+from medsegdiff_monai.files import replacing
+from medsegdiff_monai.handlers import (
+    BestModelSaver,
+    EarlyStopping,
+    EpochSeeding,
+    ModelEMA,
+    TrainingCheckpoint,
+    WeightsLoader,
+)
+from medsegdiff_monai.networks import MedSegDiffUNet
 from medsegdiff_monai.settings import as_bool
+
+from .conftest import CONFIGS
 
 
 def test_average_starts_from_weights_loaded_after_it_was_built():
@@ -58,22 +72,6 @@ def test_best_weights_are_kept_as_a_plain_state_dict(tmp_path):
     loaded = torch.load(tmp_path / "models" / "model.pt", weights_only=True)
     assert loaded["weight"].tolist() == [[1.0, 1.0]]
     assert [p.name for p in (tmp_path / "models").iterdir()] == ["model.pt"]
-
-
-def test_gradients_are_clipped_before_the_step_and_small_ones_left_alone():
-    network = torch.nn.Linear(4, 2, bias=False)
-    seen = []
-
-    def step(engine, scale):
-        network.weight.grad = torch.full((2, 4), scale)
-        engine.fire_event(IterationEvents.BACKWARD_COMPLETED)
-        seen.append(network.weight.grad.norm().item())
-
-    engine = Engine(step)
-    engine.register_events(*IterationEvents)
-    GradientClipping(network, max_norm=1.5).attach(engine)
-    engine.run([100.0, 0.01])
-    assert seen == pytest.approx([1.5, 0.01 * 8**0.5], rel=1e-4)
 
 
 def make_trainer(network, folder, max_epochs=4, **kwargs):
@@ -151,13 +149,149 @@ def test_resuming_another_architecture_or_a_finished_run_is_refused(tmp_path):
         make_trainer(torch.nn.Linear(2, 1), tmp_path, max_epochs=2, resume=True).run([0], max_epochs=2)
 
 
-def test_loss_that_is_not_finite_stops_before_the_weights_are_touched():
-    engine = Engine(lambda e, b: None)
-    engine.register_events(*IterationEvents)
-    StopOnBadLoss().attach(engine)
-    engine.state.output, engine.state.batch = {"loss": torch.tensor(float("nan"))}, {"case": ["a", "b"]}
-    with pytest.raises(InputError, match="nan at iteration 0, on the cases a, b"):
-        engine.fire_event(IterationEvents.LOSS_COMPLETED)
+@pytest.mark.parametrize("damage", [lambda raw: raw[: len(raw) // 2], lambda raw: b""])
+def test_truncated_checkpoint_is_named_and_the_one_before_taken(damage, tmp_path, caplog):
+    make_trainer(torch.nn.Linear(2, 1), tmp_path).run([0], max_epochs=3)
+    newest = tmp_path / "checkpoint_epoch=3.pt"
+    newest.write_bytes(damage(newest.read_bytes()))
+    seen = []
+    trainer = make_trainer(torch.nn.Linear(2, 1), tmp_path, resume=True)
+    trainer.add_event_handler(Events.EPOCH_STARTED, lambda engine: seen.append(engine.state.epoch))
+    trainer.run([0], max_epochs=4)
+    assert seen == [3, 4]
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "checkpoint_epoch=3.pt: is truncated" in warning and "before it is taken" in warning
+
+    for path in tmp_path.glob("*.pt"):
+        path.write_bytes(b"")
+    with pytest.raises(InputError, match=r"checkpoint_epoch=3.pt: is truncated"):
+        make_trainer(torch.nn.Linear(2, 1), tmp_path, resume=True).run([0], max_epochs=5)
+
+
+def test_what_a_killed_run_was_writing_is_removed(tmp_path):
+    for name in (".checkpoint_epoch=7.pt.99.tmp", ".model.pt.99.tmp", "notes.tmp"):
+        (tmp_path / name).touch()
+    make_trainer(torch.nn.Linear(2, 1), tmp_path).run([0], max_epochs=1)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint_epoch=1.pt", "notes.tmp"]
+
+
+def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path):
+    file = tmp_path / "weights.pt"
+    file.write_bytes(b"old")
+    with pytest.raises(OSError, match="disk full"), replacing(file) as temporary:
+        temporary.write_bytes(b"ne")
+        raise OSError("disk full")
+    assert file.read_bytes() == b"old" and list(tmp_path.iterdir()) == [file]
+
+
+def test_only_the_first_rank_writes(tmp_path, monkeypatch):
+    monkeypatch.setattr("ignite.distributed.utils.get_rank", lambda: 1)
+    trainer = make_trainer(torch.nn.Linear(2, 1), tmp_path)
+    trainer.validator.state.best_metric_epoch = trainer.validator.state.epoch = 0
+    BestModelSaver(torch.nn.Linear(2, 1), str(tmp_path / "model.pt"))(trainer.validator)
+    trainer.run([0], max_epochs=1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ranks_and_epochs_draw_differently_and_the_same_again(monkeypatch):
+    transform = RandGaussianNoise(prob=1.0)
+    dataset = Dataset([torch.zeros(1, 4)], transform)
+    seeding = EpochSeeding(dataset, seed=3)
+
+    def draw(epoch, rank):
+        monkeypatch.setattr("ignite.distributed.get_rank", lambda: rank)
+        engine = Engine(lambda e, b: None)
+        engine.state.epoch = epoch
+        seeding(engine)
+        return [torch.rand(2).tolist(), np.random.rand(2).tolist(), random.random(), dataset[0].tolist()]
+
+    first, other_epoch, other_rank, again = draw(1, 0), draw(2, 0), draw(1, 1), draw(1, 0)
+    assert first == again
+    assert all(a != b and a != c and b != c for a, b, c in zip(first, other_epoch, other_rank))
+
+
+def stopping_trainer(scores, patience, interval, folder, resume=False):
+    """A trainer whose validation gives scores in turn; returns the epochs it ran."""
+    trainer = make_trainer(torch.nn.Linear(2, 1), folder, max_epochs=20, resume=resume)
+    state, epochs = trainer.validator.state, []
+
+    def validate(engine):
+        epochs.append(engine.state.epoch)
+        if engine.state.epoch % interval == 0:
+            score = scores[engine.state.epoch // interval - 1]
+            if score > state.best_metric:
+                state.best_metric, state.best_metric_epoch = score, engine.state.epoch
+
+    # as in the config: validation, checkpoint, stopping
+    trainer._event_handlers[Events.EPOCH_COMPLETED].insert(0, (validate, (trainer,), {}))
+    EarlyStopping(trainer.validator, patience, interval).attach(trainer)
+    return trainer, epochs
+
+
+@pytest.mark.parametrize("interval", [1, 2])
+def test_training_stops_after_validations_without_a_better_one(interval, tmp_path):
+    scores = [0.1, 0.5, 0.4, 0.6, 0.6, 0.5, 0.7, 0.8, 0.9, 1.0]
+    trainer, epochs = stopping_trainer(scores, 2, interval, tmp_path)
+    trainer.run([0], max_epochs=20)
+    assert epochs[-1] == 6 * interval  # two after the fourth, the equal one among them
+
+
+def test_stopping_survives_resuming_and_a_stopped_training_is_not_resumed(tmp_path):
+    scores = [0.5, 0.4, 0.3, 0.2, 0.1, 0.1, 0.1, 0.1]
+    stopping_trainer(scores, 3, 1, tmp_path)[0].run([0], max_epochs=3)
+    trainer, epochs = stopping_trainer(scores, 3, 1, tmp_path, resume=True)
+    trainer.run([0], max_epochs=8)
+    assert epochs == [4]
+    with pytest.raises(InputError, match=r"stopped early at epoch 4 \(patience=3\)"):
+        stopping_trainer(scores, 3, 1, tmp_path, resume=True)[0].run([0], max_epochs=8)
+    trainer, epochs = stopping_trainer(scores, 5, 1, tmp_path, resume=True)
+    trainer.run([0], max_epochs=8)
+    assert epochs == [5, 6]
+
+
+def test_patience_is_at_least_one_validation():
+    with pytest.raises(InputError, match="patience=0"):
+        EarlyStopping(Engine(lambda e, b: None), 0, 1)
+
+
+def small_network(**kwargs) -> MedSegDiffUNet:
+    arguments = {"in_channels": 1, "out_channels": 2, "channels": [8, 8], "num_res_blocks": 1, "ff_size": 8}
+    return MedSegDiffUNet(2, **{**arguments, **kwargs})
+
+
+ADAPTED = ConfigParser.load_config_file(CONFIGS / "train.json")["train"]["handlers"][0]["adapt"]
+
+
+@pytest.mark.parametrize(
+    "change, anew",
+    [
+        ({"in_channels": 3}, {"image_stem"}),
+        ({"out_channels": 1}, {"mask_stem", "out_conv"}),
+        ({"in_channels": 3, "out_channels": 1}, {"image_stem", "mask_stem", "out_conv"}),
+        ({}, set()),
+    ],
+)
+def test_pretrained_weights_of_other_channels_keep_all_layers_but_those(change, anew, tmp_path, caplog):
+    source, network = small_network(), small_network(**change)
+    fresh = {name: value.clone() for name, value in network.state_dict().items()}
+    torch.save(source.state_dict(), tmp_path / "model.pt")
+    with caplog.at_level("INFO"):
+        WeightsLoader(str(tmp_path / "model.pt"), network, ADAPTED)(Engine(lambda e, b: None))
+    for name, value in network.state_dict().items():
+        expected = fresh[name] if name.split(".")[0] in anew else source.state_dict()[name]
+        torch.testing.assert_close(value, expected, rtol=0, atol=0)
+    lines = [record.getMessage() for record in caplog.records if "starts anew" in record.getMessage()]
+    assert {line.split("the layer ")[1].split()[0] for line in lines} == anew and len(lines) == len(anew)
+    assert all("model.pt" in line and "in the network" in line for line in lines)
+
+
+def test_pretrained_weights_of_another_architecture_are_refused_and_inference_adapts_nothing(tmp_path):
+    torch.save(small_network(channels=[16, 8]).state_dict(), tmp_path / "other.pt")
+    with pytest.raises(InputError, match="another architecture"):
+        WeightsLoader(str(tmp_path / "other.pt"), small_network(), ADAPTED)(Engine(lambda e, b: None))
+    torch.save(small_network(in_channels=3).state_dict(), tmp_path / "other.pt")
+    with pytest.raises(InputError, match="another architecture"):
+        WeightsLoader(str(tmp_path / "other.pt"), small_network())(Engine(lambda e, b: None))
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import ignite.distributed as idist
+import torch
 from ignite.engine import Engine, Events
-from ignite.handlers import DiskSaver
 from torch import nn
 
 from ..errors import InputError
+from ..files import replacing
 from ..settings import as_bool
 from .weights import load_checkpoint, load_weights
 
@@ -45,7 +47,8 @@ class TrainingCheckpoint:
         objects: what to save, by name: networks, optimiser, learning-rate schedule.
         validator: validator whose best score is kept, too.
         ckpt_dir: folder of ``checkpoint_epoch=N.pt``.
-        resume: whether to continue from the newest checkpoint there; without one, training starts anew.
+        resume: whether to continue from the newest checkpoint there that can be read; without any, training starts
+            anew.
         n_saved: how many to keep.
     """
 
@@ -73,31 +76,52 @@ class TrainingCheckpoint:
         found = ((re.fullmatch(r"checkpoint_epoch=(\d+)\.pt", p.name), p) for p in self.ckpt_dir.glob("*.pt"))
         return {int(match[1]): path for match, path in found if match}
 
+    def _items(self, engine: Engine) -> dict[str, Any]:
+        """What to save: MONAI's trainer has a scaler only while it runs, and only for float16."""
+        scaler = getattr(engine, "scaler", None)
+        return self.objects if scaler is None else {**self.objects, "scaler": scaler}
+
+    @idist.one_rank_only()
     def _save(self, engine: Engine) -> None:
-        saver = DiskSaver(str(self.ckpt_dir), atomic=True, create_dir=True, require_empty=False)
-        content = {name: item.state_dict() for name, item in self.objects.items()}
-        saver(content, f"checkpoint_epoch={engine.state.epoch}.pt")
+        content = {name: item.state_dict() for name, item in self._items(engine).items()}
+        with replacing(self.ckpt_dir / f"checkpoint_epoch={engine.state.epoch}.pt") as temporary:
+            torch.save(content, temporary)
         for epoch, path in self._files().items():
             if not engine.state.epoch - self.n_saved < epoch <= engine.state.epoch:
                 path.unlink()
+        for path in self.ckpt_dir.glob(".*.pt.*.tmp"):  # what a killed run was writing
+            path.unlink()
+
+    def _newest(self) -> tuple[Path, int, dict[str, Any]] | None:
+        """The newest checkpoint that can be read, its epoch and its content."""
+        files = self._files()
+        for epoch in sorted(files, reverse=True):
+            try:
+                return files[epoch], epoch, load_checkpoint(files[epoch])
+            except InputError as error:
+                if epoch == min(files):
+                    raise
+                logger.warning(f"{error} The checkpoint before it is taken.")
+        return None
 
     def _load(self, engine: Engine) -> None:
         if engine.state.iteration:  # a further round of a federation, which has sent its weights
             return
-        files = self._files()
-        if not files:
+        found = self._newest()
+        if found is None:
             logger.info(f"No checkpoint in {self.ckpt_dir}: training starts anew.")
             return
-        newest = max(files)
-        content = load_checkpoint(files[newest])
+        path, newest, content = found
         length, max_epochs = engine.state.epoch_length, engine.state.max_epochs or 0
         if newest >= max_epochs:
-            raise InputError(f"{files[newest]}: max_epochs={max_epochs} are done: set --max_epochs higher to train on.")
-        for name, item in self.objects.items():
+            raise InputError(f"{path}: max_epochs={max_epochs} are done: set --max_epochs higher to train on.")
+        for name, item in self._items(engine).items():
             if isinstance(item, nn.Module):
-                load_weights(files[newest], item, content.get(name))
-            else:
+                load_weights(path, item, content.get(name))
+            elif name in content:
                 item.load_state_dict(content[name])
+            else:
+                logger.info(f"{path}: holds no {name}, which starts anew.")
         # by epochs: a checkpoint ends one, and another batch size changes the number of iterations
         engine.load_state_dict({"epoch": newest, "epoch_length": length, "max_epochs": max_epochs})
-        logger.info(f"Resumed from {files[newest]}")
+        logger.info(f"Resumed from {path}")

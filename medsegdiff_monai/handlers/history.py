@@ -1,23 +1,61 @@
-"""Loss and metrics of each epoch."""
+"""Loss, metrics and times of each epoch."""
 
 from __future__ import annotations
 
 import csv
 import io
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import ignite.distributed as idist
 from ignite.engine import Engine, Events
 from monai.handlers import from_engine
 
 from ..files import write_atomically
 
-__all__ = ["TrainingHistory"]
+__all__ = ["TrainingHistory", "metric_names", "plot_curves", "read_history"]
+
+Rows = list[dict[str, float]]
+
+NOT_METRICS = ("epoch", "loss", "seconds", "seconds_waiting", "seconds_validating")
+
+
+def read_history(output_dir: str | Path) -> Rows:
+    """Read the ``history.csv`` of a run, a row for each epoch; without one, nothing."""
+    file = Path(output_dir) / "history.csv"
+    if not file.is_file():
+        return []
+    with file.open(newline="", encoding="utf-8") as f:
+        return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(f)]
+
+
+def metric_names(rows: Sequence[Mapping[str, float]]) -> list[str]:
+    """The validation metrics in a history."""
+    return list(dict.fromkeys(key for row in rows for key in row if key not in NOT_METRICS))
+
+
+def plot_curves(left: Any, right: Any, rows: Rows) -> None:
+    """Draw the loss into one pair of axes, the validation metrics into another."""
+    left.plot([r["epoch"] for r in rows], [r["loss"] for r in rows])
+    left.set(xlabel="epoch", ylabel="training loss", yscale="log")
+    for name in metric_names(rows):
+        points = [(r["epoch"], r[name]) for r in rows if name in r]
+        right.plot(*zip(*points), marker=".", label=name)
+    right.set(xlabel="epoch", ylabel="validation", ylim=(0, 1))
+    if right.lines:
+        right.legend(fontsize="small")
 
 
 class TrainingHistory:
-    """Write loss and validation metrics of each epoch as ``history.csv`` and ``curves.png``.
+    """Write loss, validation metrics and times of each epoch as ``history.csv``, the curves as ``curves.png``.
 
-    Attach to the trainer, after MONAI's ``ValidationHandler``.
+    ``seconds`` is the time of an epoch without its validation, ``seconds_waiting`` that in which the network waited
+    for a batch.
+
+    Attach to the trainer, after MONAI's ``ValidationHandler`` and before :class:`TrainingCheckpoint`, so that no epoch
+    is lost between both.
 
     Args:
         output_dir: folder to write to.
@@ -27,32 +65,46 @@ class TrainingHistory:
     def __init__(self, output_dir: str, validator: Engine) -> None:
         self.output_dir = Path(output_dir)
         self.validator = validator
-        self.rows: list[dict[str, float]] = []
+        self.rows: Rows = []
         self._losses: list[float] = []
+        self._waiting = self._asked = 0.0
 
     def attach(self, engine: Engine) -> None:
         """Attach to a trainer."""
-        engine.add_event_handler(Events.STARTED, self._read)
+        engine.add_event_handler(Events.EPOCH_STARTED, self._begin)
+        engine.add_event_handler(Events.GET_BATCH_STARTED, self._ask)
+        engine.add_event_handler(Events.GET_BATCH_COMPLETED, self._receive)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._step)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._write)
 
-    def _read(self, engine: Engine) -> None:
-        """Go on with the history of a resumed run."""
-        file = self.output_dir / "history.csv"
-        if engine.state.epoch and file.is_file():
-            with file.open(newline="", encoding="utf-8") as f:
-                rows = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(f)]
-            self.rows = [row for row in rows if row["epoch"] <= engine.state.epoch]
+    def _begin(self, engine: Engine) -> None:
+        if not self.rows:  # go on with the history of a resumed run
+            self.rows = [row for row in read_history(self.output_dir) if row["epoch"] < engine.state.epoch]
+        self._losses.clear()
+        self._waiting = 0.0
+
+    def _ask(self, engine: Engine) -> None:
+        self._asked = time.perf_counter()
+
+    def _receive(self, engine: Engine) -> None:
+        self._waiting += time.perf_counter() - self._asked
 
     def _step(self, engine: Engine) -> None:
         self._losses.append(float(from_engine("loss", first=True)(engine.state.output)))
 
+    @idist.one_rank_only()
     def _write(self, engine: Engine) -> None:
-        row = {"epoch": float(engine.state.epoch), "loss": sum(self._losses) / len(self._losses)}
-        if self.validator.state.epoch == engine.state.epoch:
-            row.update({k: float(v) for k, v in self.validator.state.metrics.items() if isinstance(v, float)})
+        row = {
+            "epoch": float(engine.state.epoch),
+            "loss": sum(self._losses) / len(self._losses),
+            "seconds": engine.state.times[Events.EPOCH_COMPLETED.name] or 0.0,
+            "seconds_waiting": self._waiting,
+        }
+        validation: Any = self.validator.state
+        if validation.epoch == engine.state.epoch:
+            row["seconds_validating"] = float(validation.times[Events.COMPLETED.name])
+            row.update({k: float(v) for k, v in validation.metrics.items() if isinstance(v, float)})
         self.rows.append(row)
-        self._losses.clear()
         text = io.StringIO()
         table = csv.DictWriter(text, list(dict.fromkeys(key for r in self.rows for key in r)), restval="")
         table.writeheader()
@@ -65,14 +117,7 @@ class TrainingHistory:
 
         figure = Figure(figsize=(9, 3.5), layout="constrained")
         left, right = figure.subplots(1, 2)
-        left.plot([r["epoch"] for r in self.rows], [r["loss"] for r in self.rows])
-        left.set(xlabel="epoch", ylabel="training loss", yscale="log")
-        for name in dict.fromkeys(key for r in self.rows for key in r if key not in ("epoch", "loss")):
-            points = [(r["epoch"], r[name]) for r in self.rows if name in r]
-            right.plot(*zip(*points), marker=".", label=name)
-        right.set(xlabel="epoch", ylabel="validation", ylim=(0, 1))
-        if right.lines:
-            right.legend()
+        plot_curves(left, right, self.rows)
         picture = io.BytesIO()
         figure.savefig(picture, format="png", dpi=120)
         return picture.getvalue()

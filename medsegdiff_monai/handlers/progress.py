@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import ignite.distributed as idist
 from ignite.engine import Engine, Events
 from monai.handlers import from_engine
 from tqdm import tqdm
@@ -22,7 +23,7 @@ class TrainingProgress:
         self._bar: tqdm | None = None
 
     def _open(self, engine: Engine) -> None:
-        if self._bar is None:
+        if self._bar is None and idist.get_rank() == 0:
             state: Any = engine.state
             self._bar = tqdm(
                 total=state.max_epochs * state.epoch_length, initial=state.iteration, desc="Train", dynamic_ncols=True

@@ -5,34 +5,75 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from ignite.engine import Engine
+from ignite.engine import Engine, Events
 from monai.engines import IterationEvents
 from torch import nn
+from torch.optim import Optimizer
 
 from ..errors import InputError
+from ..settings import amp_dtype
 
-__all__ = ["GradientClipping", "StopOnBadLoss"]
+__all__ = ["GradientClipping", "GradientScaling", "StopOnBadLoss"]
+
+REMEDY = "set --learning_rate lower, or --amp false; the last good checkpoint is kept."
+
+
+def _place(engine: Engine) -> str:
+    """Where a training is, for its user: iteration and cases."""
+    state: Any = engine.state
+    return f"at iteration {state.iteration}, on the cases {', '.join(map(str, state.batch.get('case', ['unknown'])))}"
+
+
+class GradientScaling:
+    """Scale the loss of a training in float16, whose gradients would vanish else; bfloat16 and float32 need none.
+
+    MONAI's trainer scales where it has a scaler; its own is for CUDA alone. A step whose gradients overflow is left
+    out, and the scale halved.
+
+    Args:
+        amp: see :func:`medsegdiff_monai.settings.amp_dtype`.
+    """
+
+    def __init__(self, amp: bool | str = False) -> None:
+        self.enabled = amp_dtype(amp) == torch.float16
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to MONAI's trainer, before handlers that need the scaler."""
+        if self.enabled:
+            engine.add_event_handler(Events.STARTED, self)
+
+    def __call__(self, engine: Any) -> None:
+        """Give the trainer a scaler."""
+        engine.amp, engine.scaler = True, torch.amp.GradScaler(engine.state.device.type)
 
 
 class GradientClipping:
-    """Scale the gradients down to a largest norm before each step of the optimiser.
+    """Scale the gradients down to a largest norm just before the optimiser steps.
+
+    There they are those of all batches that were accumulated, and no longer scaled for float16.
 
     Args:
-        model: network in training.
+        optimizer: of the training.
         max_norm: largest norm of all gradients together.
     """
 
-    def __init__(self, model: nn.Module, max_norm: float = 1.0) -> None:
-        self.model = model
+    def __init__(self, optimizer: Optimizer, max_norm: float = 1.0) -> None:
+        self.optimizer = optimizer
         self.max_norm = max_norm
 
     def attach(self, engine: Engine) -> None:
         """Attach to a trainer."""
-        engine.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self)
+        self.optimizer.register_step_pre_hook(lambda *_: self(engine))
 
     def __call__(self, engine: Engine) -> None:
-        """Clip the gradients."""
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.max_norm)
+        """Clip the gradients.
+
+        Raises:
+            InputError: where they are not finite, though the loss is.
+        """
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        if not nn.utils.clip_grad_norm_(parameters, self.max_norm).isfinite():
+            raise InputError(f"the gradients are not finite {_place(engine)}: {REMEDY}")
 
 
 class StopOnBadLoss:
@@ -50,8 +91,4 @@ class StopOnBadLoss:
         """
         state: Any = engine.state
         if not torch.isfinite(state.output["loss"]).all():
-            cases = ", ".join(map(str, state.batch.get("case", ["unknown"])))
-            raise InputError(
-                f"the loss is {float(state.output['loss'])} at iteration {state.iteration}, on the cases {cases}: set "
-                "--learning_rate lower, or --amp false; the last good checkpoint is kept."
-            )
+            raise InputError(f"the loss is {float(state.output['loss'])} {_place(engine)}: {REMEDY}")

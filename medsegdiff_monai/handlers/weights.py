@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import ignite.distributed as idist
 import torch
 from ignite.engine import Engine, Events
-from ignite.handlers import DiskSaver
 from ignite.handlers.ema_handler import EMAHandler
 from monai.handlers import CheckpointLoader
 from torch import nn
 
 from ..errors import InputError
+from ..files import replacing
 
 __all__ = ["BestModelSaver", "ModelEMA", "WeightsLoader", "load_checkpoint", "load_weights"]
 
@@ -78,7 +79,7 @@ def load_weights(path: str | Path, model: nn.Module, weights: Any) -> None:
     """
     if not isinstance(weights, Mapping):
         raise InputError(f"{path}: holds no weights but a {type(weights).__name__}: replace the file.")
-    difference = _mismatch(model, weights)
+    difference = _mismatch(model.state_dict(), weights)
     if difference is not None:
         raise InputError(
             f"{path}: weights of another architecture ({difference}): set channels, num_classes and the like, or the "
@@ -87,9 +88,8 @@ def load_weights(path: str | Path, model: nn.Module, weights: Any) -> None:
     model.load_state_dict(weights)
 
 
-def _mismatch(model: nn.Module, weights: Mapping[str, Any]) -> str | None:
-    """The first difference between a network and weights for it, in words."""
-    own = model.state_dict()
+def _mismatch(own: Mapping[str, torch.Tensor], weights: Mapping[str, Any]) -> str | None:
+    """The first difference between the weights of a network and those for it, in words."""
     for name in own:
         if not isinstance(weights.get(name), torch.Tensor):
             return f"it lacks {name}"
@@ -105,11 +105,14 @@ class WeightsLoader(CheckpointLoader):
     Args:
         load_path: file of a state dict, flat or under the key ``model``.
         model: network to load it into.
+        adapt: layers that depend on the channels of image and mask; where the file has them for other channels, they
+            keep their fresh weights, and are named.
     """
 
-    def __init__(self, load_path: str, model: nn.Module) -> None:
+    def __init__(self, load_path: str, model: nn.Module, adapt: Sequence[str] = ()) -> None:
         super().__init__(load_path=load_path, load_dict={"model": model})
         self.model = model
+        self.adapt = adapt
 
     def __call__(self, engine: Engine) -> None:
         """Load the weights.
@@ -120,7 +123,14 @@ class WeightsLoader(CheckpointLoader):
         if engine.state.iteration:  # a further round of a federation, which has sent its weights
             return
         content = load_checkpoint(self.load_path)
-        load_weights(self.load_path, self.model, content.get("model", content))
+        weights = content.get("model", content)
+        for layer in self.adapt if isinstance(weights, Mapping) else ():
+            own = {name: value for name, value in self.model.state_dict().items() if name.startswith(f"{layer}.")}
+            change = _mismatch(own, {name: weights[name] for name in own if name in weights})
+            if change is not None:
+                logger.info(f"{self.load_path}: {change}: the layer {layer} starts anew.")
+                weights = {**weights, **own}
+        load_weights(self.load_path, self.model, weights)
         logger.info(f"Restored all variables from {self.load_path}")
 
 
@@ -145,9 +155,10 @@ class BestModelSaver:
         """Attach to a trainer."""
         engine.add_event_handler(Events.EPOCH_COMPLETED, self)
 
+    @idist.one_rank_only()
     def __call__(self, engine: Engine) -> None:
         """Write the weights if the validation of this epoch was the best."""
         state: Any = self.validator.state  # MONAI's workflows add to it
         if state.best_metric_epoch == engine.state.epoch:
-            saver = DiskSaver(str(self.path.parent), atomic=True, create_dir=True, require_empty=False)
-            saver(self.model.state_dict(), self.path.name)
+            with replacing(self.path) as temporary:
+                torch.save(self.model.state_dict(), temporary)

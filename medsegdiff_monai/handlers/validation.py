@@ -1,0 +1,155 @@
+"""What validations show besides their score."""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ignite.distributed as idist
+import numpy as np
+import torch
+from ignite.engine import Engine, Events
+from torch import Tensor
+
+from ..files import write_atomically
+from ..results import overlay_bytes, read_source
+from ..transforms import Regions
+
+__all__ = ["ClassMetrics", "SaturationWarning", "ValidationPictures"]
+
+logger = logging.getLogger(__name__)
+
+CAUSES = {
+    "background": "The network has not found them yet, or they are rare or small in what it sees. While the loss "
+    "falls, train on; else set --learning_rate lower, or a roi_size that shows more of them.",
+    "foreground": "Usually the weights have run away, or the images do not have the intensities that the network "
+    "expects. Set --learning_rate lower, and check intensity_range against the images.",
+}
+
+
+class ClassMetrics:
+    """Give the values of a metric per class names of their own, as progress, tables and trackers show single numbers.
+
+    Attach to the validator, before handlers that read its metrics.
+
+    Args:
+        metric: such as ``val_dice_per_class``, which becomes ``val_dice_<class>``.
+        num_classes: number of foreground classes.
+        regions: see :class:`medsegdiff_monai.transforms.Regions`.
+    """
+
+    def __init__(self, metric: str, num_classes: int, regions: Mapping[str, Sequence[int]] | None = None) -> None:
+        self.metric = metric
+        self.names = Regions(num_classes, regions).names
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to a validator."""
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Replace the metric by one for each class."""
+        values = torch.as_tensor(engine.state.metrics.pop(self.metric)).reshape(-1).tolist()
+        prefix = self.metric.removesuffix("_per_class")
+        engine.state.metrics.update({f"{prefix}_{name}": value for name, value in zip(self.names, values)})
+
+
+class SaturationWarning:
+    """Warn, in words, where every mask of a validation is all background or all foreground, and the labels are not.
+
+    Args:
+        num_classes: number of foreground classes.
+        regions: see :class:`medsegdiff_monai.transforms.Regions`.
+    """
+
+    def __init__(self, num_classes: int, regions: Mapping[str, Sequence[int]] | None = None) -> None:
+        self.names = Regions(num_classes, regions).names
+        self._counts = torch.zeros(3, num_classes, dtype=torch.float64)
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to a validator."""
+        engine.add_event_handler(Events.EPOCH_STARTED, lambda: self._counts.zero_())
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._count)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
+
+    def _count(self, engine: Engine) -> None:
+        outputs: Any = engine.state.output
+        for output in outputs:
+            mask, label = (output[key].flatten(1).sum(1, dtype=torch.float64).cpu() for key in ("mask", "label"))
+            self._counts += torch.stack([mask, label, torch.full_like(mask, output["mask"][0].numel())])
+
+    def __call__(self, engine: Engine) -> None:
+        """Log the warning; all ranks together have seen the whole split."""
+        total: Any = idist.all_reduce(self._counts.clone())
+        mask, label, everything = total
+        for kind, extreme in (("background", torch.zeros_like(mask)), ("foreground", everything)):
+            stuck = [name for name, s in zip(self.names, (mask == extreme) & (label != extreme)) if s]
+            if stuck and idist.get_rank() == 0:
+                logger.warning(
+                    f"Epoch {engine.state.epoch}: every validation mask of {', '.join(stuck)} is all {kind}, "
+                    f"the labels are not. {CAUSES[kind]}"
+                )
+
+
+class ValidationPictures:
+    """Write pictures of a few cases, the same at each validation: image, ground truth, prediction, uncertainty.
+
+    They are ``<output_dir>/validation/epoch_<N>/<case>.png``. Those of later epochs, from an earlier run, are removed.
+
+    Args:
+        output_dir: folder to write to.
+        num_classes: number of foreground classes.
+        regions: see :class:`medsegdiff_monai.transforms.Regions`.
+        number: how many cases, spread evenly over the split.
+    """
+
+    def __init__(
+        self,
+        output_dir: str,
+        num_classes: int,
+        regions: Mapping[str, Sequence[int]] | None = None,
+        number: int = 4,
+    ) -> None:
+        self.folder = Path(output_dir) / "validation"
+        self.regions = Regions(num_classes, regions)
+        self.number = number
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to a validator."""
+        engine.add_event_handler(Events.EPOCH_STARTED, self._remove_later)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self)
+
+    @idist.one_rank_only()
+    def _remove_later(self, engine: Engine) -> None:
+        for folder in self.folder.glob("epoch_*"):
+            match = re.fullmatch(r"epoch_(\d+)", folder.name)
+            if match and int(match[1]) >= engine.state.epoch:
+                shutil.rmtree(folder)
+
+    @idist.one_rank_only()
+    def __call__(self, engine: Engine) -> None:
+        """Write the pictures that are due."""
+        state: Any = engine.state
+        done = (state.iteration - 1) % state.epoch_length
+        if done not in np.linspace(0, state.epoch_length - 1, self.number).round():
+            return
+        item, output = state.batch[0], state.output[0]
+        _, image, affine = read_source(item)
+        name = f"epoch_{state.epoch:03d}"
+        picture = overlay_bytes(
+            np.asarray(image),
+            _array(output["pred"]),
+            _array(output["uncertainty_entropy"]),
+            _array(self.regions.label_map(output["label"])),
+            affine,
+            self.regions.names,
+            f"{item['case']}   epoch {state.epoch}",
+        )
+        write_atomically(self.folder / name / f"{item['case']}.png", picture)
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    return np.asarray(tensor.cpu())
