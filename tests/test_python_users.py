@@ -44,7 +44,11 @@ def test_result_is_on_the_grid_of_the_array(tmp_path):
 def test_five_lines_segment_an_array(monkeypatch):
     """As README has them."""
     monkeypatch.chdir(ROOT)
-    names = {"array": blob((13, 20, 9), np.random.default_rng(0))[0], "affine": OBLIQUE, "ConfigWorkflow": ConfigWorkflow}
+    names = {
+        "array": blob((13, 20, 9), np.random.default_rng(0))[0],
+        "affine": OBLIQUE,
+        "ConfigWorkflow": ConfigWorkflow,
+    }
     names |= {"load": load, "Compose": Compose, "MetaTensor": MetaTensor}
     exec(FIVE_LINES, names)
     mask, uncertainty = names["result"]["pred"], names["result"]["uncertainty_entropy"]
@@ -77,7 +81,9 @@ def test_quickstart_segments_the_hippocampus_right_after_a_clone(executed):
     front, back = (nib.affines.apply_affine(affine, part.mean(0))[1] for part in voxels)
     assert front > back + 8
     assert executed["each"].shape[0] == len(executed["volumes"]) > 1
-    shown = [axes.get_title() for figure in executed["plt"].get_fignums() for axes in executed["plt"].figure(figure).axes]
+    shown = [
+        axes.get_title() for figure in executed["plt"].get_fignums() for axes in executed["plt"].figure(figure).axes
+    ]
     assert shown[:4] == ["image", "mask", "entropy", "mutual information"] and "member 2" in shown
     executed["plt"].close("all")
 

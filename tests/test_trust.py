@@ -148,7 +148,12 @@ def test_code_in_a_bundle_to_load_is_refused(malicious, tmp_path):
     (tmp_path / "zoo" / "medsegdiff" / "configs").symlink_to(CONFIGS)
     malicious(tmp_path / "zoo" / "medsegdiff" / "models" / "model.pt")
     with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
-        load("medsegdiff", bundle_dir=tmp_path / "zoo", device="cpu", net_override={"channels": [8, 8], "ff_size": [8] * 3})
+        load(
+            "medsegdiff",
+            bundle_dir=tmp_path / "zoo",
+            device="cpu",
+            net_override={"channels": [8, 8], "ff_size": [8] * 3},
+        )
 
 
 def test_code_in_weights_is_not_sent_to_a_federation(malicious, pictures, tmp_path):
