@@ -47,7 +47,8 @@ def run_operator(folder: Path, configs: list[str], array: np.ndarray, affine: np
 @pytest.fixture
 def trained(bundle, volumes, tmp_path):
     """A bundle's folder with an overlay and the weights that a training wrote, and the settings."""
-    settings = {k: TINY[k] for k in ("channels", "num_res_blocks", "num_members")} | VOLUME_SETTINGS
+    settings = {k: TINY[k] for k in ("channels", "num_res_blocks", "num_members")}
+    settings |= {"roi_size": VOLUME_SETTINGS["roi_size"], "spacing": [1.1, 1.0, 2.0]}
     bundle("train", dataset_dir=volumes, **settings)
     folder = tmp_path / "app"
     shutil.copytree(CONFIGS, folder / "configs")
