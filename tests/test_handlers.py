@@ -43,19 +43,32 @@ def test_average_starts_from_weights_loaded_after_it_was_built():
     assert not average.weight.requires_grad
 
 
+def test_average_follows_as_fast_in_a_further_round_as_in_the_first():
+    """A federation's client runs one trainer again and again, each time from weights that it was sent."""
+    network, average = torch.nn.Linear(1, 1, bias=False), torch.nn.Linear(1, 1, bias=False)
+    engine = Engine(lambda e, b: network.weight.data.add_(1.0))
+    ModelEMA(network, average).attach(engine)
+    ends = []
+    for epochs in (1, 2):
+        network.weight.data.fill_(0.0)
+        engine.run([0] * 50, max_epochs=epochs)
+        ends.append(average.weight.item())
+    assert ends[1] == pytest.approx(ends[0]) and ends[0] > 25
+
+
 def test_best_weights_are_kept_as_a_plain_state_dict(tmp_path):
     network = torch.nn.Linear(2, 1)
-    validator = Engine(lambda e, b: None)
-    BestModelSaver(network, str(tmp_path / "models" / "model.pt")).attach(validator)
+    trainer, validator = Engine(lambda e, b: None), Engine(lambda e, b: None)
+    BestModelSaver(network, str(tmp_path / "models" / "model.pt"), validator).attach(trainer)
 
-    def validate(epoch, best):
-        validator.state.epoch, validator.state.best_metric_epoch = epoch, best
-        validator.fire_event(Events.EPOCH_COMPLETED)
+    def finish_epoch(epoch, best):
+        trainer.state.epoch, validator.state.best_metric_epoch = epoch, best
+        trainer.fire_event(Events.EPOCH_COMPLETED)
 
     network.weight.data.fill_(1.0)
-    validate(1, best=1)
+    finish_epoch(1, best=1)
     network.weight.data.fill_(2.0)
-    validate(2, best=1)
+    finish_epoch(2, best=1)
     loaded = torch.load(tmp_path / "models" / "model.pt", weights_only=True)
     assert loaded["weight"].tolist() == [[1.0, 1.0]]
     assert [p.name for p in (tmp_path / "models").iterdir()] == ["model.pt"]

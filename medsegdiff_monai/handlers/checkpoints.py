@@ -105,6 +105,8 @@ class TrainingCheckpoint:
         return None
 
     def _load(self, engine: Engine) -> None:
+        if engine.state.iteration:  # a further round of a federation, which has sent its weights
+            return
         found = self._newest()
         if found is None:
             logger.info(f"No checkpoint in {self.ckpt_dir}: training starts anew.")

@@ -28,7 +28,8 @@ class ModelEMA(EMAHandler):
 
     Ignite copies the weights when the handler is built, which is before a checkpoint is loaded. The momentum falls as
     9 / (10 + step) to its final value (as in TensorFlow's ``ExponentialMovingAverage``), so that short runs are not held
-    back by their first weights; it depends on the optimiser's step alone, so that a resumed run goes on.
+    back by their first weights; it depends on the optimiser's step alone, so that a resumed run goes on. The count
+    starts anew where the same trainer is run again with other weights, as in the rounds of a federation.
 
     Args:
         model: network in training.
@@ -42,13 +43,18 @@ class ModelEMA(EMAHandler):
 
     def attach(self, engine: Engine) -> None:  # type: ignore[override]
         """Attach to a trainer."""
-        engine.add_event_handler(Events.STARTED, lambda: self.ema_model.load_state_dict(self.model.state_dict()))
+        engine.add_event_handler(Events.STARTED, self._start)
         super().attach(engine, warn_if_exists=False)
+
+    def _start(self, engine: Engine) -> None:
+        self.ema_model.load_state_dict(self.model.state_dict())
+        # a checkpoint is loaded later, and its steps are part of this run
+        self.first_step = (optimizer_step(engine) or 0) if engine.state.iteration else 0
 
     def _update_ema_model(self, engine: Engine, name: str) -> None:
         step = optimizer_step(engine)
         if step is not None:
-            setattr(engine.state, name, max(self.momentum, 9 / (10 + step)))
+            setattr(engine.state, name, max(self.momentum, 9 / (10 + step - self.first_step)))
             super()._update_ema_model(engine, name)
 
 
@@ -118,6 +124,8 @@ class WeightsLoader(CheckpointLoader):
         Raises:
             InputError: for a missing or truncated file, or weights of another architecture.
         """
+        if engine.state.iteration:  # a further round of a federation, which has sent its weights
+            return
         content = load_checkpoint(self.load_path)
         weights = content.get("model", content)
         for layer in self.adapt if isinstance(weights, Mapping) else ():
@@ -133,25 +141,28 @@ class WeightsLoader(CheckpointLoader):
 class BestModelSaver:
     """Write the weights after each validation that is the best so far: a plain state dict, replaced atomically.
 
-    Attach to the validator; its key metric decides, the higher the better.
+    Attach to the trainer, after MONAI's ``ValidationHandler``: only validations of the training count, not those of
+    weights that others sent, as in a federation. The key metric of the validator decides, the higher the better.
 
     Args:
         model: network whose weights are written.
         path: file to write.
+        validator: engine that validates during the training.
     """
 
-    def __init__(self, model: nn.Module, path: str) -> None:
+    def __init__(self, model: nn.Module, path: str, validator: Engine) -> None:
         self.model = model
         self.path = Path(path)
+        self.validator = validator
 
     def attach(self, engine: Engine) -> None:
-        """Attach to a validator."""
+        """Attach to a trainer."""
         engine.add_event_handler(Events.EPOCH_COMPLETED, self)
 
     @idist.one_rank_only()
     def __call__(self, engine: Engine) -> None:
-        """Write the weights if this validation was the best."""
-        state: Any = engine.state  # MONAI's workflows add to it
-        if state.best_metric_epoch == state.epoch:
+        """Write the weights if the validation of this epoch was the best."""
+        state: Any = self.validator.state  # MONAI's workflows add to it
+        if state.best_metric_epoch == engine.state.epoch:
             with replacing(self.path) as temporary:
                 torch.save(self.model.state_dict(), temporary)
