@@ -10,7 +10,7 @@ from monai.networks.layers.factories import Conv
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["AttentionBlock", "Downsample", "ResBlock", "Stage", "Upsample", "group_norm"]
+__all__ = ["AttentionBlock", "Downsample", "ResBlock", "Stage", "Upsample", "group_norm", "zero"]
 
 
 def group_norm(num_groups: int, channels: int) -> nn.GroupNorm:
@@ -22,7 +22,8 @@ def group_norm(num_groups: int, channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(groups[-1], channels)
 
 
-def _zero(module: nn.Module) -> nn.Module:
+def zero(module: nn.Module) -> nn.Module:
+    """Return the module with all its parameters at zero."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
@@ -57,7 +58,7 @@ class ResBlock(nn.Module):
         self.embed = nn.Linear(embedding_channels, out_channels) if embedding_channels else nn.Identity()
         self.norm2 = group_norm(norm_num_groups, out_channels)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = _zero(conv(out_channels, out_channels, kernel_size=3, padding=1))
+        self.conv2 = zero(conv(out_channels, out_channels, kernel_size=3, padding=1))
         self.skip = conv(in_channels, out_channels, kernel_size=1) if in_channels != out_channels else nn.Identity()
 
     def forward(self, x: Tensor, embedding: Optional[Tensor]) -> Tensor:
@@ -92,7 +93,7 @@ class AttentionBlock(nn.Module):
         self.num_head_channels = num_head_channels
         self.norm = group_norm(norm_num_groups, channels)
         self.qkv = conv(channels, 3 * channels, kernel_size=1)
-        self.proj = _zero(conv(channels, channels, kernel_size=1))
+        self.proj = zero(conv(channels, channels, kernel_size=1))
 
     def forward(self, x: Tensor) -> Tensor:
         """Attend over the pixels of ``x`` (batch, channels, *spatial); the shape is kept."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from monai.networks.layers.factories import Conv
 from torch import Tensor, nn
 
+from .blocks import zero
+
 __all__ = ["DynamicConditioning"]
 
 
@@ -42,9 +44,7 @@ class DynamicConditioning(nn.Module):
         super().__init__()
         self.norm_image = ChannelLayerNorm(channels)
         self.norm_mask = ChannelLayerNorm(channels)
-        self.proj = Conv[Conv.CONV, spatial_dims](channels, channels, kernel_size=1)
-        for parameter in self.proj.parameters():
-            nn.init.zeros_(parameter)
+        self.proj = zero(Conv[Conv.CONV, spatial_dims](channels, channels, kernel_size=1))
 
     def attend(self, image: Tensor, mask: Tensor) -> Tensor:
         """Return ``A(m_I, m_x)`` of equation 3.

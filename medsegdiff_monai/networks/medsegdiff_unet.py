@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..settings import as_bool
-from .blocks import Downsample, Stage, Upsample, group_norm
+from .blocks import Downsample, Stage, Upsample, group_norm, zero
 from .dynamic_conditioning import DynamicConditioning
 from .ff_parser import FFParser
 
@@ -63,7 +63,8 @@ class MedSegDiffUNet(nn.Module):
     summed before the last encoding stage; a U-Net decoder follows, whose skip connections carry the sum of both
     streams (the paper draws them without saying from which encoder). The timestep embedding enters every residual
     block of the denoiser and none of E^I, so that E^I up to its first fusion is encoded once per image
-    (:meth:`encode_context`).
+    (:meth:`encode_context`). It also scales the channels of the mask's stem (the paper has no such gate; it starts at
+    1): at the last timesteps the mask is all noise, which the network can close its eyes to.
 
     In training mode, and for ``epsilon`` and ``v_prediction``, the network returns its raw output; for ``sample``
     that is the logit of the mask. Evaluated, ``sample`` returns x0 = tanh(logit / 2) in [-1, 1], which any MONAI
@@ -165,6 +166,7 @@ class MedSegDiffUNet(nn.Module):
             for i in range(levels - 1)
         )
         self.mask_stem = conv(out_channels, channels[0], kernel_size=3, padding=1, stride=stem_stride)
+        self.mask_gate = zero(nn.Linear(width, channels[0]))
         self.mask_stages = nn.ModuleList(stage(i, below[i], width) for i in range(levels - 1))
         self.mask_downs = nn.ModuleList(Downsample(spatial_dims, channels[i]) for i in range(levels - 1))
         self.last_stage = stage(levels - 1, below[levels - 1], width)
@@ -243,7 +245,10 @@ class MedSegDiffUNet(nn.Module):
                 raise ValueError(f"noisy mask of size {list(x.shape[2:])} and image of size {size} differ.")
         embedding = get_timestep_embedding(timesteps, self.embedding_channels).to(x.dtype)
         embedding = self.time_embed(embedding)
-        h = self.mask_stem(self._channels_last(x))
+        gate = 1 + self.mask_gate(F.silu(embedding))
+        for _ in range(self.spatial_dims):
+            gate = gate.unsqueeze(-1)
+        h = self.mask_stem(self._channels_last(x)) * gate
         c = context[0]
         skips: List[Tensor] = []
         for i, (image_stage, image_down, fusion, mask_stage, mask_down) in enumerate(

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from monai.inferers import DiffusionInferer
+from monai.networks.nets.diffusion_model_unet import get_timestep_embedding
 from monai.networks.schedulers import DDIMScheduler
 from torch.nn import functional as F
 
@@ -193,6 +194,24 @@ def test_other_sizes_are_refused_with_the_nearest_valid_size(small_net, size):
     nearest = [int(n) for n in str(caught.value).split("[")[-1].rstrip("].").split(",")]
     for n, s in zip(nearest, size):
         assert n % 8 == 0 and n > 0 and abs(n - s) == min(abs(8 * k - s) for k in range(1, 7))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+def test_the_timestep_can_shut_the_noise_out(spatial_dims):
+    """A gate of zero at one timestep frees the output there from the noisy mask, and leaves other timesteps alone."""
+    net = MedSegDiffUNet(spatial_dims, 1, 1, channels=[4, 8], num_res_blocks=1, ff_size=8).eval()
+    for parameter in net.parameters():  # what starts at zero would hide the mask
+        torch.nn.init.normal_(parameter, std=0.3)
+    image, size = torch.randn(1, 1, *[8] * spatial_dims), (1, 1, *[8] * spatial_dims)
+    closed = F.silu(net.time_embed(get_timestep_embedding(torch.tensor([999]), 4)))
+    with torch.no_grad():
+        net.mask_gate.weight.copy_(-closed / closed.square().sum() * torch.ones(4, 1))
+        net.mask_gate.bias.zero_()
+        a, b = (net(torch.randn(size), torch.tensor([999]), image) for _ in range(2))
+        c, d = (net(torch.randn(size), torch.tensor([10]), image) for _ in range(2))
+    torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
+    assert (c - d).abs().max() > 1e-3
 
 
 @torch.no_grad()
