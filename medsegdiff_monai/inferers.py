@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from monai.data import MetaTensor
 from monai.inferers import DiffusionInferer, Inferer, SlidingWindowInferer
 from monai.metrics import compute_dice
+from monai.networks import eval_mode
 from monai.networks.schedulers import Scheduler
 from torch import Tensor
 
@@ -162,7 +163,7 @@ class DiffusionEnsembleInferer(Inferer):
 
         Args:
             inputs: (batch, channels, *spatial).
-            network: the denoiser, in evaluation mode, called as ``network(x, timesteps, context)``.
+            network: the denoiser, called as ``network(x, timesteps, context)`` in evaluation mode.
             *args: not used.
             **kwargs: not used.
 
@@ -174,7 +175,7 @@ class DiffusionEnsembleInferer(Inferer):
         size = image.shape[2:]
         pad = [(max(r - s, 0) // 2, (max(r - s, 0) + 1) // 2) for s, r in zip(size, self.roi_size)]
         image = F.pad(image, [n for sides in reversed(pad) for n in sides])  # by 0, as in training
-        with torch.no_grad(), torch.autocast(image.device.type, dtype=self.amp, enabled=self.amp is not None):
+        with eval_mode(network), torch.autocast(image.device.type, dtype=self.amp, enabled=self.amp is not None):
             out = self._ensemble(image, network).flatten(1, 2)
         out = out[(slice(None), slice(None), *(slice(before, before + s) for (before, _), s in zip(pad, size)))]
         return MetaTensor(out).copy_meta_from(inputs) if isinstance(inputs, MetaTensor) else out

@@ -230,7 +230,7 @@ def test_torchrun_ends_with_an_error_when_a_process_is_killed(squares, tmp_path)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode != 0 and "SIGKILL" in errors or "-9" in errors
+    assert process.returncode != 0 and ("SIGKILL" in errors or "-9" in errors)
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)
 

@@ -253,6 +253,17 @@ def test_a_batch_is_noised_from_the_networks_own_guess(prediction, own_guess, ca
         assert seen[0][1].tolist() == [999] and not seen[0][2] and not torch.equal(seen[0][0], noise)
 
 
+def test_a_network_in_training_mode_is_sampled_in_evaluation_mode_and_left_as_it_was():
+    net = MedSegDiffUNet(2, 1, 1, channels=[8, 8], num_res_blocks=1, ff_size=8).train()
+    torch.nn.init.normal_(net.out_conv.weight)
+    infer = DiffusionEnsembleInferer(DDIMScheduler(), num_classes=1, roi_size=[8, 8], num_members=1)
+    image = torch.randn(1, 1, 8, 8)
+    out = infer(image, net)
+    assert net.training
+    torch.testing.assert_close(out, infer(image, net.eval()))
+    assert not net.training
+
+
 def test_items_of_pure_noise_need_no_guess():
     scheduler, sizes = DDIMScheduler(prediction_type="sample"), []
 

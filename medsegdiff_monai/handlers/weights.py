@@ -27,8 +27,8 @@ class ModelEMA(EMAHandler):
     """Ignite's ``EMAHandler`` for an averaged network that the config has made, set to the network when a run starts.
 
     Ignite copies the weights when the handler is built, which is before a checkpoint is loaded. The momentum falls as
-    9 / (10 + step) to its final value (as in TensorFlow's ``ExponentialMovingAverage``), so that short runs are not held
-    back by their first weights; it depends on the optimiser's step alone, so that a resumed run goes on. The count
+    9 / (10 + step) to its final value (as in TensorFlow's ``ExponentialMovingAverage``), so that short runs are not
+    held back by their first weights; it depends on the optimiser's step alone, so that a resumed run goes on. The count
     starts anew where the same trainer is run again with other weights, as in the rounds of a federation.
 
     Args:
