@@ -57,7 +57,7 @@ class DiskCacheDataset(PersistentDataset):
     """MONAI's ``PersistentDataset`` that notices changed files, keeps metadata, and is safe with several processes.
 
     A cached case is found by its data list entry, size and time of its files, and the transforms. (MONAI's goes by
-    names alone, moves a file into place from another disk, where a reader may see half of it, and stops at half of one.)
+    names alone, moves a file into place from another disk, where a reader may see half, and stops at half a file.)
 
     Args:
         data: data list.

@@ -22,7 +22,7 @@ __all__ = ["CaseFacts", "fingerprint", "measure", "propose"]
 
 PERCENTILES = (0.5, 50.0, 99.5)
 STRIDE = 8  # of a network of four levels
-CHANNELS = {2: [32, 64, 96, 128], 3: [16, 32, 64, 96]}
+CHANNELS = {2: [32, 64, 96, 128], 3: [32, 64, 128]}
 MAX_SIDE = {"cpu": 96, "gpu": 256}  # 2D; 256 is the paper's
 MAX_PATCH = {"cpu": 32 * 48 * 32, "gpu": 96**3}  # voxels, 3D
 SHORT = 32  # voxels
