@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import re
 from collections.abc import Callable, Sequence
@@ -247,14 +248,15 @@ class DiffusionEnsembleInferer(Inferer):
         x = noise.flatten(0, 1)
         if isinstance(context, Tensor):  # a network that takes the image itself
             context = context.repeat_interleave(shape[1], dim=0)
-        self.scheduler.set_timesteps(self.num_steps)
-        stochastic = getattr(self.scheduler, "is_stochastic", False)
-        for i, t in enumerate(self.scheduler.timesteps, start=1):
+        scheduler = copy.deepcopy(self.scheduler)  # it keeps what it saw last: calls in other threads must not meet it
+        scheduler.set_timesteps(self.num_steps)
+        stochastic = getattr(scheduler, "is_stochastic", False)
+        for i, t in enumerate(scheduler.timesteps, start=1):
             out = network(x, torch.as_tensor(t, device=x.device).reshape(1), context)
             more = {}
             if stochastic:
                 more["noise"] = self.noise(shape[3:], members, i).to(x).repeat(shape[0], *[1] * (x.ndim - 1))
-            x, _ = self.scheduler.step(out.to(x.dtype), t, x, **more)
+            x, _ = scheduler.step(out.to(x.dtype), t, x, **more)
             if self.progress is not None:
                 self.progress(len(x))
         return ((x + 1) / 2).clamp(0, 1).reshape(shape)

@@ -16,13 +16,14 @@ from monai.transforms import (
     NormalizeIntensity,
     RandCropByLabelClassesd,
     ScaleIntensityRange,
+    Spacingd,
 )
 from torch import Tensor
 
 from .errors import InputError
 from .fusion import MemberSummary, check_fusion
 
-__all__ = ["FuseMembersd", "LabelsToRegionsd", "NormalizeImaged", "RandCropByClassd", "Regions"]
+__all__ = ["FuseMembersd", "LabelsToRegionsd", "NormalizeImaged", "RandCropByClassd", "Regions", "ToSpacingd"]
 
 
 class Regions:
@@ -133,6 +134,18 @@ class NormalizeImaged(MapTransform):
     def __call__(self, data: Mapping[Hashable, Tensor]) -> dict[Hashable, Tensor]:
         """Normalise the images."""
         return {**data, **{key: self.normalize(data[key]) for key in self.key_iterator(data)}}
+
+
+class ToSpacingd(Spacingd):
+    """MONAI's ``Spacingd`` that touches nothing but its own keys.
+
+    MONAI copies the metadata of an image read from NIfTI to whatever key begins with the image's and an underscore, and
+    fails where that holds no dictionary, such as MONAI Label's ``image_path``.
+    """
+
+    def __call__(self, data: Mapping[Hashable, Tensor], lazy: bool | None = None) -> dict[Hashable, Tensor]:
+        """Resample; see MONAI's ``Spacingd``."""
+        return {**data, **super().__call__({key: data[key] for key in self.key_iterator(data)}, lazy)}
 
 
 class LabelsToRegionsd(MapTransform):

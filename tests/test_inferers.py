@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import time
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import pytest
@@ -301,3 +303,22 @@ def test_training_under_bfloat16_autocast_returns_finite_gradients():
     assert out.dtype == torch.bfloat16
     DiffusionSegmentationLoss()(out, target).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
+
+
+def test_one_inferer_serves_many_threads():
+    """A sampler remembers its last step; images segmented at the same time must not meet in it."""
+
+    class Network(torch.nn.Module):
+        def forward(self, x, timesteps, context):
+            time.sleep(0.002)  # lets the others in between any two steps
+            return torch.tanh(x + context.mean() + timesteps / 1000)
+
+    shared = DiffusionEnsembleInferer(
+        DPMSolverPlusPlusScheduler(schedule="cosine", signal_scale=0.2), 2, (8, 8), num_members=2, num_steps=6
+    )
+    images = [torch.full((1, 1, 8, 8), float(i)) for i in range(8)]
+    alone = [shared(image, Network()) for image in images]
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(lambda image: shared(image, Network()), images))
+    for one, other in zip(alone, together):
+        assert torch.equal(one, other)

@@ -1,0 +1,104 @@
+"""A real MONAI Label server on loopback, and small studies for it."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+requests = pytest.importorskip("requests")
+
+QUICK = {"num_members": 1, "num_steps": 1, "result_extension": ".nii.gz"}
+START_SECONDS, TASK_SECONDS = 300, 900
+
+
+class Server:
+    """A server with an app of its own in ``folder``; the studies are in ``folder/studies``."""
+
+    def __init__(self, folder: Path, app: str) -> None:
+        from examples.label.server import MODEL, server_command
+
+        self.model = MODEL
+        self.weights = folder / app / "model" / MODEL / "models" / "model.pt"
+        self.studies = folder / "studies"
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        self.log = folder / "server.log"
+        env = {**os.environ, "MONAI_LABEL_SESSION_PATH": str(folder / "sessions"), "CUDA_VISIBLE_DEVICES": ""}
+        env["MONAI_LABEL_AUTO_UPDATE_SCORING"] = "false"  # else it scores whenever it has nothing else to do
+        with self.log.open("w") as log:
+            command = server_command(folder, self.studies, app, port)
+            self.process = subprocess.Popen(command, cwd=folder, env=env, stdout=log, stderr=subprocess.STDOUT)
+        self.wait(self.is_up, START_SECONDS)
+
+    def is_up(self) -> bool:
+        assert self.process.poll() is None, self.log.read_text()[-3000:]
+        try:
+            return requests.get(f"{self.url}/info/", timeout=60).ok
+        except requests.ConnectionError:
+            return False
+
+    def wait(self, done: Callable[[], bool], seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while not done():
+            assert time.monotonic() < end, self.log.read_text()[-3000:]
+            time.sleep(0.5)
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.wait(60)
+
+    def post(self, model: str = "", params: Any = None, **query: Any) -> requests.Response:
+        files = {"file": (query["file"].name, query.pop("file").read_bytes())} if "file" in query else None
+        text = params if isinstance(params, str) else json.dumps({**QUICK, **(params or {})})
+        url = f"{self.url}/infer/{model or self.model}"
+        return requests.post(url, params={"output": "image", **query}, data={"params": text}, files=files)
+
+    def infer(self, params: dict[str, Any] | None = None, **query: Any) -> nib.Nifti1Image:
+        """The mask that /infer returns for ``image=`` (id or folder), ``file=`` (upload) or ``session_id=``."""
+        answer = self.post(params=params, **query)
+        assert answer.status_code == 200, self.log.read_text()[-3000:]
+        return nib.Nifti1Image.from_bytes(_gunzip(answer.content))
+
+
+def _gunzip(content: bytes) -> bytes:
+    import gzip
+
+    return gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
+
+
+def voxels(mask: nib.Nifti1Image) -> np.ndarray:
+    return np.asarray(mask.dataobj)
+
+
+@pytest.fixture(scope="session")
+def study(tmp_path_factory: pytest.TempPathFactory) -> nib.Nifti1Image:
+    """A crop of a demo study that fits into the network's field."""
+    pytest.importorskip("monailabel")
+    from examples.label.studies import write_demo_studies
+
+    folder = write_demo_studies(tmp_path_factory.mktemp("demo"))
+    return nib.load(folder / "mni152_right.nii.gz").slicer[4:34, 6:50, 5:35]
+
+
+@pytest.fixture(scope="session")
+def stock(study: nib.Nifti1Image, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """MONAI Label's own ``monaibundle`` app, unmodified, with four studies."""
+    folder = tmp_path_factory.mktemp("stock")
+    (folder / "studies").mkdir()
+    for i in range(4):
+        nib.save(study.slicer[: 27 + i], folder / "studies" / f"study_{i}.nii.gz")
+    server = Server(folder, "monaibundle")
+    yield server
+    server.stop()

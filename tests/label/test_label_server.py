@@ -1,0 +1,252 @@
+"""What a radiologist's viewer asks of MONAI Label, over REST: ``make test-label``."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from monai.bundle import run
+from nibabel.processing import resample_from_to
+
+from ..conftest import CONFIGS, ROOT
+from .conftest import TASK_SECONDS, Server, requests, voxels
+
+pytest.importorskip("monailabel", reason="MONAI Label has an environment of its own: make test-label")
+
+SHARED = ROOT.parent / "shared" / "data" / "Hippocampus3D"
+
+
+def dice(one: np.ndarray, other: np.ndarray, label: int) -> float:
+    a, b = one == label, other == label
+    return 2 * (a & b).sum() / (a.sum() + b.sum())
+
+
+def save(image: nib.Nifti1Image, path: Path) -> Path:
+    nib.save(image, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def plain(stock, study, tmp_path_factory):
+    """The mask of the study as it is."""
+    return stock.infer(file=save(study, tmp_path_factory.mktemp("plain") / "plain.nii.gz"))
+
+
+def test_info_lists_the_model(stock, plain):
+    info = requests.get(f"{stock.url}/info/").json()
+    model = info["models"]["medsegdiff"]
+    assert model["dimension"] == 3 and model["type"] == "segmentation"
+    assert model["labels"] == {"anterior": 1, "posterior": 2}
+    assert set(np.unique(voxels(plain))) == {0, *model["labels"].values()}
+    assert {k: model["config"][k] for k in ("num_members", "num_steps", "fusion")} == {
+        "num_members": 5, "num_steps": 2, "fusion": "staple"
+    }  # fmt: skip
+    assert "medsegdiff" in info["trainers"]
+
+
+def test_options_take_effect(stock):
+    """The CPU time of the server, since the clock depends on what else the machine does."""
+    import psutil
+
+    process = psutil.Process(stock.process.pid)
+
+    def seconds(**params):
+        before = process.cpu_times().user
+        stock.infer(params, image="study_0")
+        return process.cpu_times().user - before
+
+    once = seconds(num_members=1, num_steps=1)
+    assert seconds(num_members=1, num_steps=8) > 2.5 * once
+    assert seconds(num_members="8", num_steps="1") > 2.5 * once  # viewers send what was typed
+    stock.infer({"num_members": 2, "fusion": "mean"}, image="study_0")
+    assert stock.post(params={"fusion": "no such fusion"}, image="study_0").status_code == 500
+
+
+def rotated(study):
+    turn = np.eye(4)
+    turn[:2, :2] = [[0.9397, -0.3420], [0.3420, 0.9397]]
+    return nib.Nifti1Image(voxels(study), turn @ study.affine)
+
+
+def reoriented(study, axcodes):
+    ornt = nib.orientations.axcodes2ornt(axcodes)
+    return study.as_reoriented(nib.orientations.ornt_transform(nib.io_orientation(study.affine), ornt))
+
+
+@pytest.mark.parametrize("change", [lambda s: reoriented(s, "LIP"), lambda s: reoriented(s, "SPL"), rotated])
+def test_mask_of_another_orientation_is_the_same_on_its_grid(change, stock, study, plain, tmp_path):
+    turned = change(study)
+    mask = stock.infer(file=save(turned, tmp_path / "turned.nii.gz"))
+    assert mask.shape == turned.shape
+    np.testing.assert_allclose(mask.affine, turned.affine, atol=1e-3)
+    np.testing.assert_array_equal(voxels(mask), voxels(change(plain)))
+
+
+def test_mask_of_another_spacing_covers_the_same_place(stock, study, plain, tmp_path):
+    affine = study.affine @ np.diag([1.3, 1.0, 0.8, 1.0])
+    coarse = resample_from_to(study, ((24, 44, 37), affine), order=1)
+    mask = stock.infer(file=save(coarse, tmp_path / "coarse.nii.gz"))
+    assert mask.shape == coarse.shape
+    np.testing.assert_allclose(mask.affine, affine, atol=1e-3)
+    expected = resample_from_to(plain, mask, order=0)
+    assert min(dice(voxels(mask), voxels(expected), label) for label in (1, 2)) > 0.8
+
+
+@pytest.mark.parametrize("shape", [(7, 11, 5), (30, 56, 30)])
+def test_any_size(shape, stock, tmp_path):
+    """Smaller than the network's field, and larger."""
+    image = nib.Nifti1Image(np.random.default_rng(0).integers(0, 900, shape, dtype=np.int16), np.diag([1, 1, 1, 1]))
+    assert stock.infer(file=save(image, tmp_path / "image.nii.gz")).shape == shape
+
+
+def write_series(image: nib.Nifti1Image, folder: Path) -> Path:
+    """Write a volume as a DICOM MR series, one file for each slice."""
+    import pydicom
+    from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage, generate_uid
+
+    folder.mkdir()
+    lps = np.diag([-1, -1, 1, 1]) @ image.affine
+    spacing = np.linalg.norm(lps[:3, :3], axis=0)
+    series, study = generate_uid(), generate_uid()
+    for k in range(image.shape[2]):
+        ds = pydicom.Dataset()
+        ds.SOPClassUID, ds.SOPInstanceUID = MRImageStorage, generate_uid()
+        ds.SeriesInstanceUID, ds.StudyInstanceUID, ds.FrameOfReferenceUID = series, study, study
+        ds.Modality, ds.PatientID, ds.PatientName, ds.InstanceNumber = "MR", "mni152", "MNI152", k + 1
+        ds.ImageOrientationPatient = [*(lps[:3, 0] / spacing[0]), *(lps[:3, 1] / spacing[1])]
+        ds.ImagePositionPatient = list(lps[:3, 3] + k * lps[:3, 2])
+        ds.PixelSpacing, ds.SliceThickness = [spacing[1], spacing[0]], spacing[2]
+        ds.Rows, ds.Columns = image.shape[1], image.shape[0]
+        ds.SamplesPerPixel, ds.PhotometricInterpretation = 1, "MONOCHROME2"
+        ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.PixelRepresentation = 16, 16, 15, 1
+        ds.PixelData = voxels(image)[:, :, k].T.astype("<i2").tobytes()
+        ds.file_meta = pydicom.dataset.FileMetaDataset()
+        ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        ds.is_little_endian, ds.is_implicit_VR = True, False
+        ds.save_as(folder / f"{k:03d}.dcm", write_like_original=False)
+    return folder
+
+
+def test_dicom_series_as_a_folder_and_as_a_zip(stock, study, plain, tmp_path):
+    """The folder where the server can see it; the zip as a session. Both are on the grid of the series."""
+    series = write_series(study, tmp_path / "series")
+    archive = tmp_path / "series.zip"
+    with zipfile.ZipFile(archive, "w") as z:
+        for file in series.iterdir():
+            z.write(file, file.name)
+    with archive.open("rb") as f:
+        session = requests.put(f"{stock.url}/session/", params={"uncompress": True}, files={"files": f}).json()
+    for query in ({"image": str(series)}, {"session_id": session["session_id"]}):
+        mask = stock.infer(**query)
+        assert mask.shape == study.shape
+        mask = resample_from_to(mask, plain, order=0)  # the same grid, axes counted from the other end
+        np.testing.assert_array_equal(voxels(mask), voxels(plain))
+
+
+def test_parallel_requests_equal_serial_ones_beside_bad_ones(stock):
+    wanted = [({"num_members": members}, f"study_{i}") for members in (1, 2) for i in range(4)]
+    serial = [voxels(stock.infer(params, image=image)) for params, image in wanted]
+    with ThreadPoolExecutor(9) as pool:
+        futures = [pool.submit(stock.infer, params, image=image) for params, image in wanted]
+        broken = pool.submit(stock.post, params="{broken", image="study_0")
+        parallel = [voxels(future.result()) for future in futures]
+    assert 400 <= broken.result().status_code < 600
+    for one, other in zip(serial, parallel):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_bad_requests_are_refused_and_the_server_goes_on(stock, plain, study, tmp_path):
+    (tmp_path / "text.nii.gz").write_text("no image")
+    answers = [
+        stock.post(params={"num_members": 0}, image="study_0"),
+        stock.post(params={"num_steps": "two"}, image="study_0"),
+        stock.post(file=tmp_path / "text.nii.gz"),
+        stock.post(model="unknown", image="study_0"),
+        stock.post(),
+    ]
+    assert all(400 <= answer.status_code < 600 for answer in answers)
+    mask = stock.infer(file=save(study, tmp_path / "study.nii.gz"))  # with the options' own values again
+    np.testing.assert_array_equal(voxels(mask), voxels(plain))
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the hippocampus set")
+def test_hippocampus_of_a_real_case(stock):
+    case = json.loads((SHARED / "dataset.json").read_text())["validation"][0]
+    mask = stock.infer(file=SHARED / case["image"])
+    label = np.asarray(nib.load(SHARED / case["label"]).dataobj)
+    assert min(dice(voxels(mask), label, value) for value in (1, 2)) > 0.8
+
+
+def test_training_uses_the_labels_and_the_next_mask_uses_the_weights(stock, tmp_path):
+    """Taught that what was anterior is posterior and the reverse, it moves that way."""
+    for i in range(3):
+        mask = stock.infer(image=f"study_{i}")
+        swapped = nib.Nifti1Image((-voxels(mask).astype(np.int16) % 3).astype(np.uint8), mask.affine)
+        label = {"label": ("label.nii.gz", save(swapped, tmp_path / f"label_{i}.nii.gz").read_bytes())}
+        query = {"image": f"study_{i}", "tag": "final"}
+        assert requests.put(f"{stock.url}/datastore/label", params=query, files=label).ok
+    before = voxels(stock.infer(image="study_3"))
+    weights = hashlib.sha256(stock.weights.read_bytes()).hexdigest()
+    task = {"max_epochs": 6, "val_split": 0.34, "device": "cpu"}
+    assert requests.post(f"{stock.url}/train/medsegdiff", json=task).ok
+
+    def status():
+        return requests.get(f"{stock.url}/train/").json()
+
+    stock.wait(lambda: status()["status"] not in ("SUBMITTED", "RUNNING"), TASK_SECONDS)
+    assert status()["status"] == "DONE", status()["details"]
+    assert hashlib.sha256(stock.weights.read_bytes()).hexdigest() != weights
+    after = voxels(stock.infer(image="study_3"))
+    for old, new in ((1, 2), (2, 1)):
+        assert dice(np.where(before == old, new, 0), after, new) > dice(np.where(before == old, new, 0), before, new)
+
+
+def test_studies_are_ranked_by_disagreement(study, tmp_path):
+    """The app beside the stock one; its scores are those of the table of cases."""
+    studies = tmp_path / "studies"
+    studies.mkdir()
+    noise = np.random.default_rng(0).normal(0, 250, study.shape)
+    noisy = nib.Nifti1Image((voxels(study) + noise).astype(np.int16), study.affine)
+    for name, image in (("clear", study), ("noisy", noisy), ("labelled", study)):
+        nib.save(image, studies / f"{name}.nii.gz")
+    images = [str(studies / f"{name}.nii.gz") for name in ("clear", "noisy")]
+    run(
+        config_file=str(CONFIGS / "inference.json"), bundle_root=str(ROOT / "bundle"), images=images, device="cpu",
+        output_dir=str(tmp_path / "out"), num_members=2,
+    )  # fmt: skip
+    with (tmp_path / "out" / "cases.csv").open() as f:
+        expected = {row["case"]: 1 - float(row["mean_pairwise_dice"]) for row in csv.DictReader(f)}
+
+    server = Server(tmp_path, "active_learning")
+    try:
+        info = requests.get(f"{server.url}/info/").json()
+        assert set(info["strategies"]) == {"random", "first", "disagreement"} and set(info["scoring"]) == {"disagreement"}
+        label = {"label": ("label.nii.gz", (studies / "clear.nii.gz").read_bytes())}
+        query = {"image": "labelled", "tag": "final"}
+        assert requests.put(f"{server.url}/datastore/label", params=query, files=label).ok
+
+        def score():
+            query, task = {"run_sync": True}, {"simulation_size": 2}
+            return requests.post(f"{server.url}/scoring/disagreement", params=query, json=task).json()
+
+        assert score()["executed"] == 2
+        assert score()["skipped"] == 2  # until the weights change
+        found = {}
+        for name in expected:
+            answer = requests.get(f"{server.url}/datastore/image/info", params={"image": name})
+            found[name] = answer.json()["epistemic_entropy"]
+        assert found == pytest.approx(expected, abs=1e-3)
+        ranked = sorted(expected, key=lambda name: expected[name], reverse=True)
+        served = [requests.post(f"{server.url}/activelearning/disagreement", json={}).json()["id"] for _ in range(2)]
+        assert served == ranked
+    finally:
+        server.stop()
+    with pytest.raises(requests.ConnectionError):
+        requests.get(f"{server.url}/info/")
