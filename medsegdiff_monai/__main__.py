@@ -86,18 +86,22 @@ def export(
     export_segmenter(str(output), config_file or f"{root}/configs/inference.json", bundle_root=root, **override)
 
 
-def package(output: str, bundle_root: str | None = None, results: str | None = None) -> None:
+def package(
+    output: str, bundle_root: str | None = None, results: str | None = None, weights_url: str | None = None
+) -> None:
     """Write the bundle as the model zoo takes it: self-contained, as a folder and a zip.
 
     Args:
         output: folder to write both to.
         bundle_root: the bundle's folder; found in the working directory where it is not given.
         results: file of measured results; ``benchmarks/results.jsonl`` beside the bundle where it is not given.
+        weights_url: where weights above 25 MB are downloaded from.
     """
     from .package import package_bundle
     from .settings import find_bundle_root
 
-    print(package_bundle(str(output), bundle_root or find_bundle_root(), results))
+    for path in package_bundle(str(output), bundle_root or find_bundle_root(), results, weights_url):
+        print(path)
 
 
 def demo(output_dir: str = "demo_output") -> None:

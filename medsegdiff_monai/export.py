@@ -6,7 +6,7 @@ import copy
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, List, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -62,9 +62,9 @@ def linear_steps(scheduler: Any, num_steps: int) -> list[LinearStep]:
     probe.prediction_type = "sample"  # from here on the output is x0 itself
     x, *x0 = torch.eye(num_steps + 1, dtype=torch.float64)
     steps = []
-    for i, (t, read) in enumerate(zip(timesteps, reads)):
+    for i, (t, (read_x, read_output)) in enumerate(zip(timesteps, reads)):
         keep, *takes = probe.step(x0[i], t, x)[0].tolist()
-        steps.append(LinearStep(t, *read, keep, takes[i], takes[i - 1] if i else 0.0))
+        steps.append(LinearStep(t, read_x, read_output, keep, takes[i], takes[i - 1] if i else 0.0))
     return steps
 
 
@@ -98,9 +98,10 @@ class Segmenter(nn.Module):
         self.num_classes = inferer.num_classes
         self.member_batch_size = inferer.member_batch_size
         self.roi_size = roi_size
-        self.strides = [max(1, int(size * (1 - inferer.window.overlap))) for size in roi_size]
-        self.register_buffer("noise", inferer.noise(roi_size))
-        self.register_buffer("importance", compute_importance_map(tuple(roi_size), mode=inferer.window.mode))
+        window: Any = inferer.window
+        self.strides = [max(1, int(size * (1 - window.overlap))) for size in roi_size]
+        self.noise = nn.Buffer(inferer.noise(roi_size))
+        self.importance = nn.Buffer(compute_importance_map(tuple(roi_size), mode=window.mode))
         self.eval()
 
     def forward(self, image: Tensor) -> Tensor:
@@ -113,9 +114,9 @@ class Segmenter(nn.Module):
             Probability of each class, (batch, classes, *spatial).
         """
         if image.dim() != len(self.roi_size) + 2:
-            raise ValueError(f"image of shape {list(image.shape)} must be (batch, channels, {len(self.roi_size)} axes).")
-        before: List[int] = []
-        pad: List[int] = []
+            raise ValueError(f"image of shape {list(image.shape)} is not (batch, channels, {len(self.roi_size)} axes).")
+        before: list[int] = []
+        pad: list[int] = []
         for axis, roi in enumerate(self.roi_size):
             missing = max(roi - image.shape[axis + 2], 0)
             before.append(missing // 2)
@@ -128,11 +129,11 @@ class Segmenter(nn.Module):
 
     def _windows(self, image: Tensor) -> Tensor:
         """Cover a field (batch, channels, *field) as MONAI's ``sliding_window_inference`` does."""
-        origin: List[int] = []
+        origin: list[int] = []
         starts = [origin]
         for axis, (roi, stride) in enumerate(zip(self.roi_size, self.strides)):
             last = image.shape[axis + 2] - roi
-            longer: List[List[int]] = []
+            longer: list[list[int]] = []
             for start in starts:
                 for i in range((last + stride - 1) // stride + 1):
                     longer.append(start + [min(i * stride, last)])
@@ -163,7 +164,7 @@ class Segmenter(nn.Module):
             total = total + drawn.sum(1)
         return total / self.num_members
 
-    def _sample(self, x: Tensor, context: List[Tensor]) -> Tensor:
+    def _sample(self, x: Tensor, context: list[Tensor]) -> Tensor:
         """Denoise (batch * members, classes, *roi) to probabilities."""
         before = x
         for t, read_x, read_output, keep, take, recall in self.steps:  # TorchScript keeps tuples, and no names
@@ -191,7 +192,7 @@ def _onnx(segmenter: Segmenter) -> bytes:
     except ImportError as error:
         raise InputError("export: ONNX needs two more packages: pip install onnx onnxscript") from error
     image = torch.zeros(2, segmenter.network.in_channels, *segmenter.roi_size)  # a batch of one would be taken as fixed
-    program = torch.onnx.export(
+    program: Any = torch.onnx.export(
         segmenter,
         (image,),
         dynamo=True,
@@ -200,9 +201,7 @@ def _onnx(segmenter: Segmenter) -> bytes:
         output_names=["probabilities"],
         dynamic_shapes={"image": {0: torch.export.Dim("batch")}},
     )
-    file = io.BytesIO()
-    program.save(file)
-    return file.getvalue()
+    return program.model_proto.SerializeToString()
 
 
 _FORMATS = {".ts": _torchscript, ".pt": _torchscript, ".onnx": _onnx}

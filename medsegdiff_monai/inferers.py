@@ -41,9 +41,7 @@ class DiffusionTrainingInferer(DiffusionInferer):
         self.amp = as_bool(amp)
         self.own_guess = own_guess if scheduler.prediction_type == "sample" else 0.0
 
-    def __call__(  # type: ignore[override]
-        self, inputs: Tensor, diffusion_model: Any, **kwargs: Any
-    ) -> Tensor:
+    def __call__(self, inputs: Tensor, diffusion_model: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
         """Noise ``inputs`` (the mask) and return what the network makes of it; see MONAI's ``DiffusionInferer``."""
         if self.own_guess > 0 and torch.rand(()).item() < self.own_guess:
             inputs = self._guess(inputs, diffusion_model, kwargs["condition"])

@@ -1,4 +1,4 @@
-"""The segmenter as one module, TorchScript and ONNX, gives what the inferer gives, and needs nothing of this package."""
+"""The segmenter as TorchScript and ONNX gives what the inferer gives, and needs nothing of this package."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def test_script_takes_every_deterministic_sampler(name):
 
 def test_script_says_what_it_takes():
     script = scripted(Segmenter(small_net(), make_inferer()))
-    with pytest.raises(torch.jit.Error, match=r"must be \(batch, channels, 2 axes\)"):
+    with pytest.raises(torch.jit.Error, match=r"is not \(batch, channels, 2 axes\)"):
         script(torch.zeros(1, 8, 12))
 
 
