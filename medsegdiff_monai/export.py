@@ -18,9 +18,10 @@ from .errors import InputError
 from .files import write_atomically
 from .handlers.weights import load_checkpoint, load_weights
 from .inferers import DiffusionEnsembleInferer
+from .networks.blocks import Stage
 from .schedulers import DiffusionScheduler
 
-__all__ = ["LinearStep", "Segmenter", "export_segmenter", "linear_steps"]
+__all__ = ["LinearStep", "Segmenter", "export_segmenter", "linear_steps", "stage_names"]
 
 
 class LinearStep(NamedTuple):
@@ -229,3 +230,8 @@ def export_segmenter(output: str, config_file: str | Sequence[str], **override: 
     content = load_checkpoint(checkpoint)
     load_weights(checkpoint, network, content.get("model", content))
     write_atomically(output, write(Segmenter(network, parser.get_parsed_content("inferer"))))
+
+
+def stage_names(network: nn.Module) -> list[str]:
+    """Names of the submodules that do most of the work and need no Fourier transform, which TensorRT does not have."""
+    return [name for name, module in network.named_modules() if isinstance(module, Stage)]

@@ -102,8 +102,7 @@ def _large_files(digest: str, url: str | None) -> str:
     if url is None:
         raise InputError(f"{WEIGHTS}: above {MAX_BYTES >> 20} MB: upload it, and give --weights_url URL.")
     entry = {"path": WEIGHTS, "url": url, "hash_val": digest, "hash_type": "sha256"}
-    lines = [f"    {key}: {json.dumps(value)}" for key, value in entry.items()]
-    return "\n".join(["large_files:", "  -", *lines, ""])
+    return json.dumps({"large_files": [entry]}, indent=4) + "\n"  # which is YAML, too
 
 
 def _contents(root: Path, results: Path, weights_url: str | None) -> dict[str, bytes]:

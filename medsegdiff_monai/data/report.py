@@ -89,7 +89,7 @@ def check(dataset: str, write: str | None = None, strict: bool | str = False) ->
         facts = file.with_name(f"{file.stem}.fingerprint.json")
         write_atomically(facts, (json.dumps(report.fingerprint, indent=1) + "\n").encode())
         print(f"Written: {file} and {facts}")
-        print(f"Next:    python -m monai.bundle run training --config_file \"['bundle/configs/train.json',{str(file)!r}]\"")
+        print(f"Next:    python -m monai.bundle run training --config_file \"['bundle/configs/train.json','{file}']\"")
 
 
 def inspect_dataset(dataset: str | Path) -> Report:
