@@ -72,10 +72,10 @@ def linear_steps(scheduler: Any, num_steps: int) -> list[LinearStep]:
 class Segmenter(nn.Module):
     """Segment images of any size as :class:`DiffusionEnsembleInferer` does, the members fused by their mean.
 
-    It is an ensemble in one module without Python around it: :func:`torch.jit.script` and ``torch.onnx.export`` take
-    it. The noise of the members is stored for one field of ``roi_size``, and repeats itself along larger images: a
-    window sees its piece of that endless field. For images of at most ``roi_size`` that is the inferer's own noise. All
-    members are drawn, whatever the inferer's ``agreement_threshold``.
+    :func:`torch.jit.script` and ``torch.onnx.export`` take it, as it has the whole ensemble inside. The noise of the
+    members is stored for one field of ``roi_size``, and repeats itself along larger images: a window sees its piece of
+    that endless field. For images of at most ``roi_size`` that is the inferer's own noise. All members are drawn,
+    whatever the inferer's ``agreement_threshold``.
 
     Args:
         network: a trained :class:`medsegdiff_monai.networks.MedSegDiffUNet`; it is copied.
@@ -142,14 +142,14 @@ class Segmenter(nn.Module):
         importance = self.importance.to(image)
         out = torch.zeros([image.shape[0], self.num_classes] + list(image.shape[2:])).to(image)
         weight = torch.zeros(list(image.shape[2:])).to(image)
-        axes = [axis + 1 for axis in range(len(self.roi_size))]
+        axes = [axis + 2 for axis in range(len(self.roi_size))]
         for start in starts:
             window, out_here, weight_here = image, out, weight
             for axis, (first, roi) in enumerate(zip(start, self.roi_size)):
                 window = window.narrow(axis + 2, first, roi)
                 out_here = out_here.narrow(axis + 2, first, roi)
                 weight_here = weight_here.narrow(axis, first, roi)
-            noise = self.noise.roll([-first for first in start], [axis + 1 for axis in axes])
+            noise = self.noise.roll([-first for first in start], axes)
             out_here += importance * self._whole(window, noise)
             weight_here += importance
         return out / weight

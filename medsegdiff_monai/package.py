@@ -34,6 +34,11 @@ def _read_json(path: Path, text: str | None = None) -> dict[str, Any]:
     return content
 
 
+def _json(content: Any) -> bytes:
+    """JSON in the layout that the zoo's checks ask for."""
+    return (json.dumps(content, indent=4) + "\n").encode()
+
+
 def _record(path: Path) -> dict[str, Any]:
     """The newest record of the shipped weights in a file of one JSON object a line.
 
@@ -93,7 +98,7 @@ def _measured(record: Mapping[str, Any], metadata: Mapping[str, Any], digest: st
     return "\n".join([*lines, f"sha256 of `{WEIGHTS}`: `{digest}`"])
 
 
-def _large_files(digest: str, url: str | None) -> str:
+def _large_files(digest: str, url: str | None) -> bytes:
     """``large_files.yml``, from which MONAI downloads weights that are too large for the zoo.
 
     Raises:
@@ -102,7 +107,7 @@ def _large_files(digest: str, url: str | None) -> str:
     if url is None:
         raise InputError(f"{WEIGHTS}: above {MAX_BYTES >> 20} MB: upload it, and give --weights_url URL.")
     entry = {"path": WEIGHTS, "url": url, "hash_val": digest, "hash_type": "sha256"}
-    return json.dumps({"large_files": [entry]}, indent=4) + "\n"  # which is YAML, too
+    return _json({"large_files": [entry]})  # which is YAML, too
 
 
 def _contents(root: Path, results: Path, weights_url: str | None) -> dict[str, bytes]:
@@ -127,10 +132,11 @@ def _contents(root: Path, results: Path, weights_url: str | None) -> dict[str, b
         found = [root / part] if (root / part).is_file() else (root / part).rglob("*")
         sources += [(path, path.relative_to(root)) for path in found if path.is_file()]
     files = {inside.as_posix(): path.read_bytes() for path, inside in sources}
-    files["configs/metadata.json"] = (json.dumps(metadata, indent=4, ensure_ascii=False) + "\n").encode()
+    files |= {name: _json(_read_json(root / name)) for name in files if name.endswith(".json")}
+    files["configs/metadata.json"] = _json(metadata)
     files["docs/README.md"] = readme.replace(MEASURED, _measured(record, metadata, digest)).encode()
     if weights.stat().st_size > MAX_BYTES:
-        files["large_files.yml"] = _large_files(digest, weights_url).encode()
+        files["large_files.yml"] = _large_files(digest, weights_url)
     else:
         files[WEIGHTS] = weights.read_bytes()
     return dict(sorted(files.items()))

@@ -7,10 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import monai
 import numpy as np
 import pytest
 import torch
-from monai.bundle import ConfigParser, ckpt_export, onnx_export
+from monai.bundle import ConfigParser, ckpt_export, onnx_export, run
 from monai.networks.schedulers import DDIMScheduler as MonaiDDIMScheduler
 
 from medsegdiff_monai.__main__ import export
@@ -216,3 +217,23 @@ def test_monai_exports_the_network_called_with_the_image_alone(converter, tmp_pa
         session = onnxruntime.InferenceSession(tmp_path / "model.out")
         actual = session.run(None, {session.get_inputs()[0].name: image.numpy()})[0]
     np.testing.assert_allclose(actual, net(image).numpy(), atol=1e-4)
+
+
+@torch.no_grad()
+def test_tensorrt_overlay_compiles_stages_and_is_plain_inference_without_it(volumes, tmp_path, monkeypatch):
+    """What can be seen without TensorRT: which modules are handed to it, and that the rest runs."""
+    compiled = []
+
+    def compile_nothing(model, base_path, args, submodule, logger):
+        compiled.extend((base_path, type(model.get_submodule(name)).__name__) for name in submodule)
+
+    monkeypatch.setattr(monai.handlers.trt_handler, "trt_compile", compile_nothing)
+    settings = {**CASES["3D"], "dataset_dir": str(volumes), "checkpoint": str(tmp_path / "model.pt")}
+    write_weights(tmp_path / "model.pt", CASES["3D"])
+    for name, overlay in (("plain", []), ("trt", [str(CONFIGS / "inference_trt.json")])):
+        files = [str(CONFIGS / "inference.json"), *overlay]
+        run(config_file=files, bundle_root=str(ROOT / "bundle"), output_dir=str(tmp_path / name), **settings)
+    # two levels: the image's first, the mask's first, the last, and the first of the decoder
+    assert compiled == [(str(tmp_path / "model.pt"), "Stage")] * 4
+    results = [(tmp_path / name / "image_4" / "image_4_prob.nii.gz").read_bytes() for name in ("plain", "trt")]
+    assert results[0] == results[1]
