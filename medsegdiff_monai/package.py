@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import os
 import shutil
+import statistics
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +24,11 @@ WEIGHTS = "models/model.pt"
 DATA, METHOD = "Hippocampus3D", "shipped"  # of the record that scores these weights
 MAX_BYTES = 25 * 2**20  # the zoo takes no larger file
 MEASURED = "<!-- measured -->"  # in docs/README.md: where the scores go
+SCORES = {"dice": "dice", "dice_per_class": "dice", "iou": "iou", "hd95": "hd95", "ece": "expected_calibration_error"}
+FACTS = {
+    "seed": "seed", "seconds": "seconds of training", "cases": "cases", "passes": "passes of the network",
+    "seconds_per_image": "seconds per image", "date": "date",
+}  # fmt: skip
 
 
 def _read_json(path: Path, text: str | None = None) -> dict[str, Any]:
@@ -43,7 +50,7 @@ def _record(path: Path) -> dict[str, Any]:
     """The newest record of the shipped weights in a file of one JSON object a line.
 
     Raises:
-        InputError: where the file, the record or its Dice is missing.
+        InputError: where the file or the record is missing.
     """
     if not path.is_file():
         raise InputError(f"{path}: no results: measure the weights first, or give --results FILE.")
@@ -52,16 +59,27 @@ def _record(path: Path) -> dict[str, Any]:
     found = [r for r in records if r.get("method") == METHOD and Path(str(r.get("data", ""))).name == DATA]
     if not found:
         raise InputError(f"{path}: holds no record of method {METHOD} on data {DATA}: measure that first.")
-    if not isinstance(found[-1].get("dice"), (int, float)):
-        raise InputError(f'{path}: the record of {DATA} has no number "dice": measure it again.')
     return found[-1]
 
 
-def _by_class(value: Any, names: list[str]) -> dict[str, float]:
-    """Scores as ``{class: score}``, from a mapping or from a list in the order of the classes; empty without any."""
-    if isinstance(value, Mapping):
-        return {str(name): float(score) for name, score in value.items()}
-    return dict(zip(names, map(float, value))) if isinstance(value, list) else {}
+def _scores(record: Mapping[str, Any], names: list[str]) -> dict[str, float]:
+    """The means and the scores of each class, which a record holds as a number, a list or a mapping.
+
+    Raises:
+        InputError: without Dice.
+    """
+    scores: dict[str, float] = {}
+    for key, label in SCORES.items():
+        value = record.get(key)
+        classes = dict(zip(names, value)) if isinstance(value, list) else value if isinstance(value, Mapping) else {}
+        if classes:
+            scores.setdefault(f"mean_{label}", statistics.mean(classes.values()))
+        elif isinstance(value, (int, float)):
+            scores[f"mean_{label}"] = value
+        scores |= {f"{label}_{name}": score for name, score in classes.items()}
+    if "mean_dice" not in scores:
+        raise InputError(f'results: the record of {DATA} and {METHOD} has no "dice": measure it again.')
+    return {name: round(score, 4) for name, score in scores.items() if math.isfinite(score)}
 
 
 def _metadata(path: Path, record: Mapping[str, Any]) -> dict[str, Any]:
@@ -73,28 +91,17 @@ def _metadata(path: Path, record: Mapping[str, Any]) -> dict[str, Any]:
     metadata = _read_json(path)
     if metadata.get("version") not in metadata.get("changelog", {}):
         raise InputError(f"{path}: version {metadata.get('version')!r} is no key of changelog: add what is new in it.")
-    names = [
-        name
-        for channel, name in sorted(metadata["network_data_format"]["outputs"]["pred"]["channel_def"].items())
-        if channel != "0"
-    ]
-    metrics: dict[str, float] = {"mean_dice": float(record["dice"])}
-    for key, label in (("dice_per_class", "dice"), ("ece", "expected_calibration_error")):
-        if isinstance(record.get(key), (int, float)):
-            metrics[label] = float(record[key])
-        metrics |= {f"{label}_{name}": score for name, score in _by_class(record.get(key), names).items()}
-    metadata["eval_metrics"] = {name: round(score, 4) for name, score in metrics.items()}
+    channels = metadata["network_data_format"]["outputs"]["pred"]["channel_def"]
+    names = [channels[number] for number in sorted(channels, key=int) if number != "0"]
+    metadata["eval_metrics"] = _scores(record, names)
     return metadata
 
 
 def _measured(record: Mapping[str, Any], metadata: Mapping[str, Any], digest: str) -> str:
     """The scores as a table for the bundle's README, and how they came about."""
     rows = [f"| {name.replace('_', ' ')} | {score:.3f} |" for name, score in metadata["eval_metrics"].items()]
-    told = [f"{key}: {record[key]}" for key in ("seed", "epochs", "seconds", "cases") if key in record]
-    lines = ["| score | value |", "| --- | --- |", *rows, ""]
-    lines += [f"One run ({', '.join(told)}).", ""] if told else []
-    if "command" in record:
-        lines += ["```", str(record["command"]), "```", ""]
+    told = [f"{label}: {record[key]}" for key, label in FACTS.items() if key in record]
+    lines = ["| score | value |", "| --- | --- |", *rows, "", f"One run ({', '.join(told)}).", ""]
     return "\n".join([*lines, f"sha256 of `{WEIGHTS}`: `{digest}`"])
 
 
@@ -192,9 +199,8 @@ def package_bundle(
     Args:
         output: folder to write both to.
         bundle_root: the bundle's folder.
-        results: JSON lines with ``method``, ``data``, ``dice`` and, where there are, ``dice_per_class``, ``ece``,
-            ``seed``, ``epochs``, ``seconds``, ``cases`` and ``command``; by default ``benchmarks/results.jsonl`` beside
-            the bundle.
+        results: JSON lines with ``method``, ``data``, ``dice`` and, where there are, other scores and facts (``SCORES``
+            and ``FACTS``); by default ``benchmarks/results.jsonl`` beside the bundle.
         weights_url: where weights above 25 MB are downloaded from.
 
     Returns:

@@ -27,8 +27,8 @@ OTHERS = [
     {"data": "Hippocampus3D", "method": "shipped", "dice": 0.3, "note": "measured again since"},
 ]
 RECORD = {
-    "data": "sets/Hippocampus3D", "method": "shipped", "seed": 0, "dice": 0.88412, "dice_per_class": [0.9, 0.868],
-    "ece": {"anterior": 0.003, "posterior": 0.004}, "seconds": 3500.0,
+    "data": "sets/Hippocampus3D", "method": "shipped", "seed": 0, "seconds": 3500.0, "dice": [0.9, 0.868],
+    "hd95": [1.5, float("nan")], "ece": {"anterior": 0.003, "posterior": 0.004}, "cases": 40,
 }  # fmt: skip
 
 
@@ -92,22 +92,27 @@ def test_scores_are_those_measured(root, tmp_path):
     verify_metadata(meta_file=str(folder / "configs" / "metadata.json"), filepath=SCHEMA)
     metadata = json.loads((folder / "configs" / "metadata.json").read_text())
     assert metadata["eval_metrics"] == {
-        "mean_dice": 0.8841, "dice_anterior": 0.9, "dice_posterior": 0.868,
+        "mean_dice": 0.884, "dice_anterior": 0.9, "dice_posterior": 0.868, "hd95_anterior": 1.5,
+        "mean_expected_calibration_error": 0.0035,
         "expected_calibration_error_anterior": 0.003, "expected_calibration_error_posterior": 0.004,
     }  # fmt: skip
     assert metadata["version"] == __version__ and metadata["version"] in metadata["changelog"]
     assert metadata["schema"].endswith("meta_schema_20240725.json") and metadata["intended_use"]
     readme = (folder / "docs" / "README.md").read_text()
-    assert "| dice anterior | 0.900 |" in readme and "One run (seed: 0, seconds: 3500.0)." in readme
+    assert (
+        "| dice anterior | 0.900 |" in readme and "One run (seed: 0, seconds of training: 3500.0, cases: 40)." in readme
+    )
     assert hashlib.sha256(b"weights").hexdigest() in readme
 
 
 def test_scores_may_be_few_or_of_another_form(root, tmp_path):
-    record = {"data": "Hippocampus3D", "method": "shipped", "dice": 0.88, "ece": 0.004}
+    record = {"data": "Hippocampus3D", "method": "shipped", "dice": 0.88, "dice_per_class": [0.9, 0.8], "ece": 0.004}
     (tmp_path / "other.jsonl").write_text(json.dumps(record))
     folder, _ = package_bundle(str(tmp_path), str(root), str(tmp_path / "other.jsonl"))
     metadata = json.loads((folder / "configs" / "metadata.json").read_text())
-    assert metadata["eval_metrics"] == {"mean_dice": 0.88, "expected_calibration_error": 0.004}
+    assert metadata["eval_metrics"] == {
+        "mean_dice": 0.88, "dice_anterior": 0.9, "dice_posterior": 0.8, "mean_expected_calibration_error": 0.004
+    }  # fmt: skip
 
 
 def test_readme_follows_the_template_of_the_zoo():
@@ -122,7 +127,7 @@ def test_readme_follows_the_template_of_the_zoo():
     ("spoil", "message"),
     [
         (lambda root: write_results(root, *OTHERS[:2]), r"no record of method shipped on data Hippocampus3D"),
-        (lambda root: write_results(root, {**RECORD, "dice": None}), r'Hippocampus3D has no number "dice"'),
+        (lambda root: write_results(root, {**RECORD, "dice": None}), r'shipped has no "dice"'),
         (lambda root: (root.parent / "benchmarks" / "results.jsonl").unlink(), r"results\.jsonl: no results: measure"),
         (lambda root: (root.parent / "benchmarks" / "results.jsonl").write_text("{"), r"cannot be read as JSON"),
         (lambda root: (root / "models" / "model.pt").unlink(), r"model\.pt: no weights to package"),
