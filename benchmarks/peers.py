@@ -1,7 +1,8 @@
-"""Other methods on the same data: a U-Net, MONAI's diffusion U-Net, and ``med-seg-diff-pytorch``.
+"""Methods on the same data: ours, a U-Net, MONAI's diffusion U-Net, and ``med-seg-diff-pytorch``.
 
-Each is trained for the same wall-clock time with the bundle's own loader (and so its augmentation), AdamW, cosine decay
-over the time, and averaged weights. ``pip install -e '.[benchmarks]'`` and, for the last one,
+Each is trained for the same time with the bundle's own loader (and so its augmentation), AdamW, gradient clipping,
+cosine decay over the time, and averaged weights. The time is that of the CPU, on one thread: other work on the machine
+does not count. ``pip install -e '.[benchmarks]'`` and, for the last method,
 ``pip install --no-deps med-seg-diff-pytorch`` (its code needs less than it declares).
 """
 
@@ -12,11 +13,12 @@ import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import chain, repeat
 from pathlib import Path
 
 import torch
 from monai.bundle import ConfigParser
-from monai.inferers import DiffusionInferer
+from monai.inferers import DiffusionInferer, SlidingWindowInferer
 from monai.networks.nets import DiffusionModelUNet, UNet
 from monai.networks.schedulers import DDIMScheduler, DDPMScheduler
 from torch import Tensor, nn
@@ -26,7 +28,9 @@ from medsegdiff_monai.losses import DiffusionSegmentationLoss
 
 from .forward import parameters
 
-__all__ = ["PEERS", "Peer", "train"]
+__all__ = ["CONFIGS", "PEERS", "Peer", "ours", "train", "unet"]
+
+CONFIGS = Path(__file__).parent.parent / "bundle" / "configs"
 
 MONAI_STEPS = 50
 PEER_STEPS = 250  # what the public code recommends
@@ -39,7 +43,7 @@ class Peer:
     Attributes:
         module: what is trained.
         loss: loss of images (batch, channels, *spatial) and masks (batch, classes, *spatial) in {0, 1}.
-        segment: probabilities of images, given the trained module.
+        segment: probabilities of images on the network's field, given the trained module; members as channels.
         passes: network passes per image.
     """
 
@@ -47,6 +51,24 @@ class Peer:
     loss: Callable[[Tensor, Tensor], Tensor]
     segment: Callable[[nn.Module, Tensor], Tensor]
     passes: int
+
+
+def ours(parser: ConfigParser) -> Peer:
+    """What ``train.json`` trains, sampled as ``inference.json`` does; overlays of ablations apply."""
+    network, loss, prepare, noised = (
+        parser.get_parsed_content(name)
+        for name in ("network_def", "loss", "train#trainer#prepare_batch", "train#inferer")
+    )
+    shipped = ConfigParser.load_config_file(CONFIGS / "inference.json")
+    members, steps = shipped["num_members"], shipped["num_steps"]
+    parser["validate#inferer"].update({"num_members": members, "num_steps": steps})
+    infer = parser.get_parsed_content("validate#inferer")
+
+    def step(image: Tensor, mask: Tensor) -> Tensor:
+        inputs, target, _, more = prepare({"image": image, "label": mask})
+        return loss(noised(inputs, network, **more), target)
+
+    return Peer(network, step, lambda trained, image: infer(image, trained), members * steps)
 
 
 def unet(parser: ConfigParser) -> Peer:
@@ -67,7 +89,12 @@ def unet(parser: ConfigParser) -> Peer:
 
     net = build(min(range(8, 97, 4), key=lambda width: abs(parameters(build(width)) - target)))
     loss = DiffusionSegmentationLoss()  # Dice and cross-entropy of logits
-    return Peer(net, lambda image, mask: loss(net(image), mask), lambda trained, image: trained(image).sigmoid(), 1)
+    window = SlidingWindowInferer(parser["roi_size"], 1, 0.5, mode="gaussian")  # as for ours
+
+    def segment(trained: nn.Module, image: Tensor) -> Tensor:
+        return window(image, trained).sigmoid()
+
+    return Peer(net, lambda image, mask: loss(net(image), mask), segment, 1)
 
 
 def monai_diffusion(parser: ConfigParser) -> Peer:
@@ -129,32 +156,37 @@ def _ema(average: Tensor, new: Tensor, count: Tensor | int) -> Tensor:
     return torch.lerp(average, new, max(0.005, 9 / (10 + int(count)))) if average.is_floating_point() else new
 
 
-def train(peer: Peer, loader: Iterable, seconds: float, lr: float, weights: Path) -> nn.Module:
-    """Train a peer for some seconds and return its averaged weights; what an earlier run has written is read.
+def train(peer: Peer, loader: Iterable, seconds: float, lr: float, weights: Path) -> tuple[nn.Module, int]:
+    """Train a peer for some seconds of CPU time; what an earlier run has written is read.
 
     Args:
         peer: what to train.
         loader: batches with ``image`` and ``label``.
-        seconds: wall-clock time.
+        seconds: CPU time of this process.
         lr: first learning rate.
         weights: file of the weights.
+
+    Returns:
+        The module with its averaged weights, in evaluation mode, and the number of iterations.
     """
     average = AveragedModel(peer.module, avg_fn=_ema, use_buffers=True)
     if not weights.is_file():
         optimizer = torch.optim.AdamW(peer.module.parameters(), lr=lr)
-        start = time.perf_counter()
-        while (elapsed := time.perf_counter() - start) < seconds:
-            for batch in loader:
-                for group in optimizer.param_groups:
-                    group["lr"] = lr * (1 + math.cos(math.pi * min(1, elapsed / seconds))) / 2
-                optimizer.zero_grad()
-                peer.loss(batch["image"].as_tensor(), batch["label"].as_tensor()).backward()
-                optimizer.step()
-                average.update_parameters(peer.module)
-                elapsed = time.perf_counter() - start
-                if elapsed >= seconds:
-                    break
+        peer.module.train()
+        start = time.process_time()
+        batches = chain.from_iterable(repeat(loader))
+        while (elapsed := time.process_time() - start) < seconds:
+            batch = next(batches)
+            for group in optimizer.param_groups:
+                group["lr"] = lr * (1 + math.cos(math.pi * elapsed / seconds)) / 2
+            optimizer.zero_grad()
+            peer.loss(batch["image"].as_tensor(), batch["label"].as_tensor()).backward()
+            nn.utils.clip_grad_norm_(peer.module.parameters(), 1.0)
+            optimizer.step()
+            average.update_parameters(peer.module)
         weights.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(average.module.state_dict(), weights)
-    average.module.load_state_dict(torch.load(weights, weights_only=True))
-    return average.module.eval()
+        torch.save({"model": average.module.state_dict(), "iterations": int(average.n_averaged)}, f"{weights}.tmp")
+        os.replace(f"{weights}.tmp", weights)
+    trained = torch.load(weights, weights_only=True)
+    average.module.load_state_dict(trained["model"])
+    return average.module.eval(), trained["iterations"]

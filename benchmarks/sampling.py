@@ -1,8 +1,8 @@
 """Dice and cost of members × steps × sampler on one trained network, beside other methods on the same data.
 
-``python -m benchmarks.sampling --dataset_dir DIR`` trains the network through the bundle, trains the peers (see
-``benchmarks.peers``) for the same time, and writes ``sampling.md``, ``sampling.csv`` and ``sampling.png``. Weights and
-finished rows are kept in ``--work_dir``; a rerun goes on from them. A pass is one image × one member × one step.
+``python -m benchmarks.sampling --dataset_dir DIR`` trains ours and the peers (see ``benchmarks.peers``) for the same
+time, and writes ``sampling.md``, ``sampling.csv`` and ``sampling.png``. Weights and finished rows are kept in
+``--work_dir``; a rerun goes on from them. A pass is one image × one member × one step.
 """
 
 from __future__ import annotations
@@ -14,11 +14,10 @@ import gc
 import json
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,10 +32,9 @@ from torch import Tensor, nn
 from medsegdiff_monai.schedulers import DDIMScheduler, DDPMScheduler, DPMSolverPlusPlusScheduler
 
 from .forward import parameters
-from .peers import PEERS, train
+from .peers import CONFIGS, PEERS, Peer, ours, train
 
 ROOT = Path(__file__).parent.parent
-CONFIGS = ROOT / "bundle" / "configs"
 SAMPLERS = {"DDIM": DDIMScheduler, "DPM-Solver++ 2M": DPMSolverPlusPlusScheduler, "DDPM": DDPMScheduler}
 STEPS = (1, 2, 5, 10, 20, 50, 100)
 MEMBERS = (1, 5, 25)
@@ -52,12 +50,11 @@ class Setting:
     overlay: str
     roi_size: list[int]
     channels: list[int]
-    epochs: int
+    seconds: float
     cases: int
     seed: int
     work_dir: Path
     output_dir: Path
-    seconds: float = field(default=0.0)
 
     def files(self, name: str) -> list[str]:
         """Config and overlay."""
@@ -71,7 +68,6 @@ class Setting:
             {
                 "bundle_root": str(ROOT / "bundle"),
                 "dataset_dir": self.dataset_dir,
-                "ckpt_dir": str(self.work_dir / "models"),
                 "roi_size": self.roi_size,
                 "channels": self.channels,
                 "device": "cpu",
@@ -101,33 +97,24 @@ class Rows:
         print(json.dumps(row), flush=True)
 
 
-def train_ours(setting: Setting) -> float:
-    """Train through the bundle unless the weights are there; returns the seconds it took."""
-    done = setting.work_dir / "trained.json"
-    made_of = {"overlay": setting.overlay, "roi_size": setting.roi_size, "channels": setting.channels}
-    made_of |= {"epochs": setting.epochs, "cases": setting.cases, "seed": setting.seed}
-    if not done.is_file():
-        command = ["-m", "monai.bundle", "run", "training", "--config_file", str(setting.files("train"))]
-        for name, value in {
-            "bundle_root": ROOT / "bundle",
-            "dataset_dir": setting.dataset_dir,
-            "ckpt_dir": setting.work_dir / "models",
-            "output_dir": setting.work_dir / "train",
-            "roi_size": setting.roi_size,
-            "channels": setting.channels,
-            "max_epochs": setting.epochs,
-            "val_interval": setting.epochs,
-            "seed": setting.seed,
-            "device": "cpu",
-        }.items():
-            command += [f"--{name}", str(value)]
-        start = time.perf_counter()
-        subprocess.run([sys.executable, *command], check=True)
-        done.write_text(json.dumps({"seconds": time.perf_counter() - start, **made_of}))
-    trained = json.loads(done.read_text())
-    if any(trained[key] != value for key, value in made_of.items()):
-        raise SystemExit(f"{done}: holds a run of other settings, {trained}: give another --work_dir.")
-    return trained["seconds"]
+def check_work_dir(setting: Setting) -> None:
+    """Refuse to go on with what a run of other settings has left."""
+    file = setting.work_dir / "setting.json"
+    own = {k: v for k, v in asdict(setting).items() if k not in ("work_dir", "output_dir", "dataset_dir")}
+    if file.is_file() and (there := json.loads(file.read_text())) != own:
+        raise SystemExit(f"{file}: holds a run of other settings, {there}: give another --work_dir.")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(own))
+
+
+def fit(setting: Setting, name: str, build: Callable[[ConfigParser], Peer]) -> tuple[Peer, nn.Module]:
+    """Train a method, or read what an earlier run has trained."""
+    set_determinism(setting.seed)
+    parser = setting.parser("train")
+    peer = build(parser)
+    loader = parser.get_parsed_content("train#dataloader")
+    module, _ = train(peer, loader, setting.seconds, parser["learning_rate"], setting.work_dir / f"{name}.pt")
+    return peer, module
 
 
 class Cases:
@@ -193,13 +180,6 @@ def inferer(setting: Setting, sampler: str, steps: int, members: int, **more: An
     return parser.get_parsed_content("inferer")
 
 
-def load_ours(setting: Setting) -> nn.Module:
-    """Return the trained network."""
-    net: nn.Module = setting.parser("evaluate").get_parsed_content("network_def")
-    net.load_state_dict(torch.load(setting.work_dir / "models" / "model.pt", weights_only=True))
-    return net.eval()
-
-
 def grid(setting: Setting, rows: Rows, net: nn.Module, cases: Cases) -> None:
     """Measure members × steps × sampler; fewer members are the first ones of the most."""
     for sampler, steps in ((sampler, steps) for sampler in SAMPLERS for steps in STEPS):
@@ -256,11 +236,7 @@ def shipped(setting: Setting) -> tuple[str, int, int]:
 def peers(setting: Setting, rows: Rows, cases: Cases) -> Iterator[tuple[str, Any]]:
     """Train the peers, score one sample of each, and yield what segments an image, to be timed."""
     for name, build in PEERS.items():
-        set_determinism(setting.seed)
-        parser = setting.parser("train")
-        peer = build(parser)
-        loader = parser.get_parsed_content("train#dataloader")
-        trained = train(peer, loader, setting.seconds, parser["learning_rate"], setting.work_dir / f"{name}.pt")
+        peer, trained = fit(setting, name, build)
         segment = torch.no_grad()(partial(peer.segment, trained))
         if not rows.has(method=name):
             dice = cases.dice(list(segment(cases.images)))
@@ -328,7 +304,7 @@ def write(setting: Setting, rows: Rows, lines: list[str]) -> None:
         "",
         f"{setting.overlay} at {setting.roi_size}, channels {setting.channels}, {setting.cases} test cases, STAPLE, "
         "Dice on the original grid; "
-        f"{setting.epochs} epochs in {setting.seconds / 60:.1f} minutes, peers as long; seed {setting.seed}; "
+        f"each method trained for {setting.seconds:g} seconds of CPU time; seed {setting.seed}; "
         f"{torch.get_num_threads()} threads of {platform.machine()}, torch {torch.__version__}. One run: the standard "
         "deviation is over cases.",
         "",
@@ -368,15 +344,16 @@ def main() -> None:
     parser.add_argument("--overlay", default="lgg_mri", help="name of a data set overlay in 2D with fit: resize")
     parser.add_argument("--roi_size", type=json.loads, default=[64, 64])
     parser.add_argument("--channels", type=json.loads, default=[16, 32, 64, 96])
-    parser.add_argument("--epochs", type=int, default=80)
-    parser.add_argument("--cases", type=int, default=16)
+    parser.add_argument("--seconds", type=float, default=300, help="CPU time of each training")
+    parser.add_argument("--cases", type=int, default=44, help="of the test set")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work_dir", type=Path, default=ROOT / "benchmarks" / "work" / "sampling")
     parser.add_argument("--output_dir", type=Path, default=ROOT / "benchmarks" / "results")
     setting = Setting(**vars(parser.parse_args()))
-    setting.seconds = train_ours(setting)
+    torch.set_num_threads(1)
+    check_work_dir(setting)
     rows = Rows(setting.work_dir / "rows.jsonl")
-    cases, net = Cases(setting), load_ours(setting)
+    cases, (_, net) = Cases(setting), fit(setting, "ours", ours)
     grid(setting, rows, net, cases)
     segmenters = dict(peers(setting, rows, cases))
     write(setting, rows, ratios(setting, net, cases.images[:1], segmenters))

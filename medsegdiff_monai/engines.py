@@ -14,21 +14,29 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from .timesteps import TimestepSampler
+
 __all__ = ["SegmentationDiffusionPrepareBatch", "cosine_decay"]
 
 
 class SegmentationDiffusionPrepareBatch(DiffusionPrepareBatch):
     """Noise the mask and give the image as condition, for ``SupervisedTrainer`` with a ``DiffusionInferer``.
 
-    MONAI's class noises the image; in segmentation the mask is noised. Timesteps are uniform, noise is standard normal.
+    MONAI's class noises the image; in segmentation the mask is noised. Noise is standard normal.
 
     Args:
         scheduler: noise schedule; its ``prediction_type`` decides the target of the loss.
+        timesteps: draws the timesteps; by default they are uniform.
     """
 
-    def __init__(self, scheduler: Scheduler) -> None:
+    def __init__(self, scheduler: Scheduler, timesteps: TimestepSampler | None = None) -> None:
         super().__init__(num_train_timesteps=scheduler.num_train_timesteps, condition_name="image")
         self.scheduler = scheduler
+        self.timesteps = timesteps or TimestepSampler(scheduler.num_train_timesteps)
+
+    def get_timesteps(self, images: Tensor) -> Tensor:
+        """Return the timestep of each item, (batch,)."""
+        return self.timesteps.draw(len(images), images.device)
 
     def get_target(self, images: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Return the target of the loss: mask in {0, 1} (``sample``), noise or velocity.

@@ -26,14 +26,15 @@ logger = logging.getLogger(__name__)
 class DiffusionTrainingInferer(DiffusionInferer):
     """MONAI's ``DiffusionInferer`` under bfloat16 autocast on any device (MONAI's trainer has it for CUDA only).
 
-    With ``own_guess``, some batches are noised not from the true mask but from what the network makes of pure noise,
+    With ``own_guess``, some items are noised not from the true mask but from what the network makes of pure noise,
     while the target stays the true mask. In sampling the network meets its own masks: without this it trusts what shows
     through the noise, and keeps its errors.
 
     Args:
         scheduler: adds the noise.
         amp: whether to use autocast.
-        own_guess: share of batches noised from the network's own guess; only where it predicts the mask (``sample``).
+        own_guess: share of the items that are not all noise, noised from the network's own guess; only where it
+            predicts the mask (``sample``).
     """
 
     def __init__(self, scheduler: Scheduler, amp: bool | str = False, own_guess: float = 0.0) -> None:
@@ -41,12 +42,17 @@ class DiffusionTrainingInferer(DiffusionInferer):
         self.amp = as_bool(amp)
         self.own_guess = own_guess if scheduler.prediction_type == "sample" else 0.0
 
-    def __call__(self, inputs: Tensor, diffusion_model: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+    def __call__(  # type: ignore[override]
+        self, inputs: Tensor, diffusion_model: Any, *, timesteps: Tensor, condition: Tensor, **kwargs: Any
+    ) -> Tensor:
         """Noise ``inputs`` (the mask) and return what the network makes of it; see MONAI's ``DiffusionInferer``."""
-        if self.own_guess > 0 and torch.rand(()).item() < self.own_guess:
-            inputs = self._guess(inputs, diffusion_model, kwargs["condition"])
+        last = self.scheduler.num_train_timesteps - 1
+        chosen = (torch.rand(len(inputs)).to(timesteps.device) < self.own_guess) & (timesteps < last)
+        if chosen.any():
+            inputs = inputs.clone()
+            inputs[chosen] = self._guess(inputs[chosen], diffusion_model, condition[chosen])
         with self._autocast(inputs):
-            return super().__call__(inputs, diffusion_model, **kwargs)
+            return super().__call__(inputs, diffusion_model, timesteps=timesteps, condition=condition, **kwargs)
 
     def _autocast(self, like: Tensor, **kwargs: Any) -> torch.autocast:
         return torch.autocast(like.device.type, dtype=torch.bfloat16, enabled=self.amp, **kwargs)
@@ -55,9 +61,8 @@ class DiffusionTrainingInferer(DiffusionInferer):
     def _guess(self, mask: Tensor, network: Callable, image: Tensor) -> Tensor:
         """The mask in [-1, 1] that the network, in training mode, makes of pure noise."""
         last = torch.full((1,), self.scheduler.num_train_timesteps - 1, device=mask.device)
-        with self._autocast(
-            mask, cache_enabled=False
-        ):  # weights cast here have no gradient, and must not be used again
+        # weights cast here have no gradient, and must not be used again
+        with self._autocast(mask, cache_enabled=False):
             logits = network(torch.randn_like(mask), last, image)
         return torch.tanh(logits.to(mask.dtype) / 2)
 

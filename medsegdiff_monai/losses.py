@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch.nn.functional as F
 from monai.losses import DiceLoss
 from torch import Tensor, nn
 
 from .networks.medsegdiff_unet import PREDICTION_TYPES
+from .timesteps import TimestepSampler
 
 __all__ = ["DiffusionSegmentationLoss"]
 
@@ -18,19 +22,19 @@ class DiffusionSegmentationLoss(nn.Module):
 
     Args:
         prediction_type: ``sample``, ``epsilon`` or ``v_prediction``; the same as the network's.
+        timesteps: what drew the timesteps of the batch, and weighs the losses of its items; by default their mean.
 
     Raises:
         ValueError: for another ``prediction_type``.
     """
 
-    def __init__(self, prediction_type: str = "sample") -> None:
+    def __init__(self, prediction_type: str = "sample", timesteps: TimestepSampler | None = None) -> None:
         super().__init__()
         if prediction_type not in PREDICTION_TYPES:
             raise ValueError(f"prediction_type={prediction_type!r} must be one of {PREDICTION_TYPES}.")
         self.prediction_type = prediction_type
-        self.dice = DiceLoss(sigmoid=True)
-        self.bce = nn.BCEWithLogitsLoss()
-        self.mse = nn.MSELoss()
+        self.timesteps = timesteps or TimestepSampler()
+        self.dice = DiceLoss(sigmoid=True, reduction="none")
 
     def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Return the loss, a scalar.
@@ -41,5 +45,13 @@ class DiffusionSegmentationLoss(nn.Module):
         """
         prediction, target = prediction.float(), target.float()
         if self.prediction_type == "sample":
-            return self.dice(prediction, target) + self.bce(prediction, target)
-        return self.mse(prediction, target)
+            dice = self.dice(prediction, target)
+            losses = dice.flatten(1).mean(1) + _mean(F.binary_cross_entropy_with_logits, prediction, target)
+        else:
+            losses = _mean(F.mse_loss, prediction, target)
+        return self.timesteps.weigh(losses)
+
+
+def _mean(loss: Callable[..., Tensor], prediction: Tensor, target: Tensor) -> Tensor:
+    """The mean of a pointwise loss over each item, (batch,)."""
+    return loss(prediction, target, reduction="none").flatten(1).mean(1)

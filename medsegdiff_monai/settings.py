@@ -32,7 +32,9 @@ def default_device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def field_size(roi_size: Sequence[int], spatial_dims: int, channels: Sequence[int], fit: str) -> list[int]:
+def field_size(
+    roi_size: Sequence[int], spatial_dims: int, channels: Sequence[int], fit: str, stem_stride: int = 1
+) -> list[int]:
     """Return the size of the field that the network sees: ``roi_size``, rounded up to multiples of its stride.
 
     Args:
@@ -40,6 +42,7 @@ def field_size(roi_size: Sequence[int], spatial_dims: int, channels: Sequence[in
         spatial_dims: number of axes.
         channels: channels of each level of the network.
         fit: ``crop`` or ``resize``.
+        stem_stride: stride of the network's stems.
 
     Raises:
         InputError: for another ``fit``, or a ``roi_size`` of another length or below 1.
@@ -48,7 +51,7 @@ def field_size(roi_size: Sequence[int], spatial_dims: int, channels: Sequence[in
         raise InputError(f"fit={fit!r} must be crop (patches and windows) or resize (the whole image).")
     if len(roi_size) != spatial_dims or min(roi_size) < 1:
         raise InputError(f"roi_size={list(roi_size)} must be {spatial_dims} positive sizes, as spatial_dims says.")
-    stride = 2 ** (len(channels) - 1)
+    stride = stem_stride * 2 ** (len(channels) - 1)
     return [-(-size // stride) * stride for size in roi_size]
 
 

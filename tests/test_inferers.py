@@ -253,6 +253,21 @@ def test_a_batch_is_noised_from_the_networks_own_guess(prediction, own_guess, ca
         assert seen[0][1].tolist() == [999] and not seen[0][2] and not torch.equal(seen[0][0], noise)
 
 
+def test_items_of_pure_noise_need_no_guess():
+    scheduler, sizes = DDIMScheduler(prediction_type="sample"), []
+
+    def network(x, timesteps, context):
+        sizes.append(len(x))
+        return context
+
+    image, mask = torch.randn(3, 1, 8, 8), torch.ones(3, 1, 8, 8)
+    more = {"noise": torch.randn(3, 1, 8, 8), "condition": image, "mode": "crossattn"}
+    infer = DiffusionTrainingInferer(scheduler, own_guess=1.0)
+    infer(mask, network, timesteps=torch.tensor([999, 10, 999]), **more)
+    infer(mask, network, timesteps=torch.tensor([999, 999, 999]), **more)
+    assert sizes == [1, 3, 3]
+
+
 def test_loss_on_x0_is_dice_and_cross_entropy_in_float32():
     torch.manual_seed(0)
     logits, target = torch.randn(3, 2, 6, 6, dtype=torch.float64), (torch.rand(3, 2, 6, 6) > 0.6).double()

@@ -13,7 +13,7 @@ from monai.inferers import DiffusionInferer
 from monai.networks.schedulers import DDIMScheduler
 from torch.nn import functional as F
 
-from medsegdiff_monai.networks import MedSegDiffUNet
+from medsegdiff_monai.networks import FFParser, MedSegDiffUNet
 
 IMAGE = (2, 3, 16, 24)
 MASK = (2, 2, 16, 24)
@@ -171,6 +171,7 @@ def test_any_width_depth_and_divisible_size(data, spatial_dims, levels):
         use_ff_parser=data.draw(st.booleans()),
         ff_size=data.draw(st.integers(1, 20)),
         num_head_channels=2,
+        stem_stride=data.draw(st.sampled_from([1, 2])),
     ).eval()
     size = [k * net.stride for k in data.draw(times)]
     x, image = torch.randn(2, classes, *size), torch.randn(1, in_channels, *size)
@@ -192,6 +193,41 @@ def test_other_sizes_are_refused_with_the_nearest_valid_size(small_net, size):
     nearest = [int(n) for n in str(caught.value).split("[")[-1].rstrip("].").split(",")]
     for n, s in zip(nearest, size):
         assert n % 8 == 0 and n > 0 and abs(n - s) == min(abs(8 * k - s) for k in range(1, 7))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+def test_a_stem_of_stride_2_runs_every_level_at_half_the_resolution(spatial_dims):
+    """The filter's grid, too: frequencies of the input mean the same."""
+    whole, halved = (
+        MedSegDiffUNet(spatial_dims, 1, 1, channels=[4, 8, 8], num_res_blocks=1, ff_size=32, stem_stride=s).eval()
+        for s in (1, 2)
+    )
+    assert (whole.stride, halved.stride) == (4, 8)
+    image = torch.randn(1, 1, *[16] * spatial_dims)
+    for a, b in zip(whole.encode_context(image), halved.encode_context(image)):
+        assert [2 * n for n in b.shape[2:]] == list(a.shape[2:])
+    grids = [net.fusions[1].ff_parser.weight.shape for net in (whole, halved)]
+    assert grids == [FFParser(spatial_dims, 8, [n] * spatial_dims).weight.shape for n in (16, 8)]
+    with pytest.raises(ValueError, match=r"noisy mask of size .* and image of size .*16, 16.* differ"):
+        halved(torch.randn(1, 1, *[8] * spatial_dims), torch.tensor([3]), image)
+
+
+def test_a_stem_of_stride_2_can_draw_single_voxels():
+    """Its last convolution gives each voxel its own weights, so that an edge may lie between any two."""
+    net = MedSegDiffUNet(2, 1, 1, channels=[4, 4], num_res_blocks=1, ff_size=8, stem_stride=2)
+    features = torch.ones(1, 4, 4, 4)
+    with torch.no_grad():
+        net.out_conv.weight.zero_()
+        net.out_conv.weight[0, 0, 1, 1] = 1.0
+        net.out_conv.bias.zero_()
+    out = net.out_conv(features)
+    assert out.shape == (1, 1, 8, 8) and int(out.count_nonzero()) == 16
+
+
+def test_other_strides_of_the_stem_are_refused():
+    with pytest.raises(ValueError, match="stem_stride=4 must be 1 or 2"):
+        MedSegDiffUNet(2, 1, 1, channels=[4, 8], stem_stride=4)
 
 
 # --- encoding once ------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ CASES = [
     pytest.param({}, (16, 24), id="2D"),
     pytest.param({"spatial_dims": 3, "ff_size": 8}, (8, 8, 16), id="3D"),
     pytest.param({"conditioning_levels": [], "prediction_type": "epsilon"}, (16, 24), id="plain"),
+    pytest.param({"stem_stride": 2}, (16, 32), id="stem of stride 2"),
 ]
 
 

@@ -1,0 +1,244 @@
+"""Segmenters trained for the same time on the same data: U-Net, plain diffusion, and the method's two ideas.
+
+``python -m benchmarks.accuracy --data_root DIR`` trains each method on each data set with each seed (see
+``benchmarks.peers``) and appends a line to ``benchmarks/results.jsonl``; runs that are there are not repeated. Scores
+are of the shipped inference on the grid of the input, over the cases that evaluation uses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import monai
+import torch
+import torch.nn.functional as F
+from monai.bundle import ConfigParser
+from monai.data import MetaTensor
+from monai.metrics import compute_dice, compute_hausdorff_distance, compute_iou
+from monai.transforms import LoadImage
+from monai.utils import set_determinism
+from torch import Tensor, nn
+
+from medsegdiff_monai.metrics import (
+    expected_calibration_error,
+    generalised_energy_distance,
+    hungarian_matched_iou,
+    nested_masks,
+)
+
+from .forward import parameters
+from .peers import CONFIGS, Peer, ours, train, unet
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results.jsonl"
+WORK = ROOT / "benchmarks" / "work" / "accuracy"
+METHODS = {
+    "MONAI UNet": (unet, None),
+    "plain DPM": (ours, "ablation_plain"),
+    "+ dynamic conditioning": (ours, "ablation_dynamic_conditioning"),
+    "+ FF-Parser": (ours, "ablation_ff_parser"),
+}
+SMALL = {"roi_size": [64, 64], "channels": [16, 32, 64, 96]}
+SETS: dict[str, tuple[str, dict[str, Any]]] = {
+    "LGG_MRI": ("lgg_mri", SMALL),
+    "DRISHTI_roi": ("generic_2d", {"in_channels": 3, "regions": {"disc": [1, 2], "cup": [2]}, **SMALL}),
+    "TG3K_thyroid": ("generic_2d", {"in_channels": 1, "num_classes": 1, **SMALL}),
+    "Hippocampus3D": ("hippocampus", {}),
+}
+RATERS = {"disc": "raters_disc", "cup": "raters_cup"}  # maps of how many of four raters agree, in DRISHTI_roi
+
+
+def configure(name: str, data: str, data_root: Path, seed: int, ablation: str | None = None) -> ConfigParser:
+    """Return a config of the bundle under the overlays of a data set and an ablation."""
+    overlay, settings = SETS[data]
+    files = [CONFIGS / f"{name}.json", CONFIGS / "datasets" / f"{overlay}.json"]
+    if ablation:
+        files.append(CONFIGS / "variants" / f"{ablation}.json")
+    parser = ConfigParser()
+    parser.read_config([str(file) for file in files])
+    more = {"bundle_root": str(ROOT / "bundle"), "dataset_dir": str(data_root / data), "device": "cpu", "seed": seed}
+    parser.update({**settings, **more})
+    return parser
+
+
+def raters_scores(item: dict, members: Tensor, names: Sequence[str]) -> dict[str, list[float]]:
+    """GED and matched IoU of each region against the nested masks of agreement.
+
+    Args:
+        item: item of the data set; the raters' maps are in folders beside that of its label.
+        members: probabilities (members, classes, *field).
+        names: of the regions.
+    """
+    scores: dict[str, list[float]] = {"ged": [], "matched_iou": []}
+    for k, name in enumerate(names):
+        label = Path(item["label"])
+        agreement = LoadImage(image_only=True, ensure_channel_first=True)(
+            label.parent.parent / RATERS[name] / label.name
+        )
+        raters = nested_masks(agreement[0].as_tensor(), 4)
+        masks = F.interpolate(members[:, k : k + 1], raters.shape[1:], mode="bilinear", align_corners=False)[:, 0] > 0.5
+        scores["ged"].append(generalised_energy_distance(masks, raters))
+        scores["matched_iou"].append(hungarian_matched_iou(masks, raters))
+    return scores
+
+
+@dataclass
+class Case:
+    """A segmented case.
+
+    Attributes:
+        item: of the data set, with its files.
+        image: (channels, *field), normalised.
+        members: probabilities (members, classes, *field).
+        output: what the shipped postprocessing makes of them, on the grid of the input.
+        seconds: CPU time of all passes.
+    """
+
+    item: dict[str, Any]
+    image: Tensor
+    members: Tensor
+    output: dict[str, Any]
+    seconds: float
+
+    @property
+    def masks(self) -> tuple[Tensor, Tensor]:
+        """Predicted and true masks, (1, classes, *spatial)."""
+        return self.output["mask"][None].as_tensor(), self.output["label"][None].as_tensor()
+
+
+def segment(parser: ConfigParser, run: Callable[[Tensor], Tensor]) -> Iterator[Case]:
+    """Segment all cases of an ``evaluate.json`` with what returns members (batch, members * classes, *field)."""
+    dataset, postprocess = (parser.get_parsed_content(name) for name in ("dataset", "postprocessing"))
+    for i in range(len(dataset)):
+        item = dataset[i]
+        start = time.process_time()
+        with torch.no_grad():
+            drawn = run(item["image"][None].as_tensor())[0]
+        seconds = time.process_time() - start
+        output = postprocess({**item, "pred": MetaTensor(drawn).copy_meta_from(item["image"])})
+        members = drawn.unflatten(0, (-1, parser["num_classes"]))
+        yield Case(dataset.data[i], item["image"].as_tensor(), members, output, seconds)
+
+
+def evaluate(parser: ConfigParser, run: Callable[[Tensor], Tensor], with_raters: bool) -> dict[str, Any]:
+    """Segment and score all cases: means over cases for each class, and the median time."""
+    scores: dict[str, list[Any]] = {}
+    times = []
+    for case in segment(parser, run):
+        mask, truth = case.masks
+        spacing = case.output["label"].pixdim.tolist() if mask.ndim == 5 else None
+        distance = compute_hausdorff_distance(mask, truth, include_background=True, percentile=95, spacing=spacing)
+        found = {
+            "dice": compute_dice(mask, truth, ignore_empty=False)[0].tolist(),
+            "iou": compute_iou(mask, truth, ignore_empty=False)[0].tolist(),
+            "hd95": distance[0].tolist(),
+            "ece": expected_calibration_error(case.output["mean_prob"].as_tensor(), truth[0]).tolist(),
+        }
+        if with_raters:
+            found |= raters_scores(case.item, case.members, list(parser["regions"]))
+        for metric, values in found.items():
+            scores.setdefault(metric, []).append(values)
+        times.append(case.seconds)
+    means = {metric: _mean(values) for metric, values in scores.items()}
+    return {**means, "cases": len(times), "seconds_per_image": round(statistics.median(times), 4)}
+
+
+def _mean(values: list[list[float]]) -> list[float]:
+    """Mean over cases for each class; distances to empty masks are not finite, and left out."""
+    table = torch.tensor(values, dtype=torch.float64)
+    table[~table.isfinite()] = float("nan")
+    return [round(v, 5) for v in table.nanmean(0).tolist()]
+
+
+def trained(data: str, method: str, seed: int, options: argparse.Namespace) -> tuple[Peer, nn.Module, int]:
+    """Train a method, or read what an earlier run has trained; returns it, its module, and the iterations."""
+    build, ablation = METHODS[method]
+    set_determinism(seed)
+    parser = configure("train", data, options.data_root, seed, ablation)
+    peer = build(parser)
+    loader = parser.get_parsed_content("train#dataloader")
+    weights = options.work_dir / f"{data} {method} {seed} {options.seconds:g}.pt"
+    return peer, *train(peer, loader, options.seconds, parser["learning_rate"], weights)
+
+
+def run(data: str, method: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Train and evaluate one method on one data set; returns the line of the results file."""
+    peer, module, iterations = trained(data, method, seed, options)
+    config = configure("evaluate", data, options.data_root, seed, METHODS[method][1])
+    scores = evaluate(config, partial(peer.segment, module), data == "DRISHTI_roi")
+    known = key(data, method, seed, options.seconds)
+    return {**known, "iterations": iterations, **describe(config, module, peer.passes), **scores}
+
+
+def shipped(options: argparse.Namespace) -> dict[str, Any]:
+    """Evaluate the weights of the bundle, on the cases they were chosen by."""
+    config = configure("evaluate", "Hippocampus3D", options.data_root, 0)
+    network, inferer = (config.get_parsed_content(name) for name in ("network_def", "inferer"))
+    network.load_state_dict(torch.load(ROOT / "bundle" / "models" / "model.pt", weights_only=True))
+    scores = evaluate(config, partial(inferer, network=network.eval()), False)
+    known = key("Hippocampus3D", "shipped", 0, options.shipped)
+    return {**known, **describe(config, network, inferer.num_members * inferer.num_steps), **scores}
+
+
+def describe(config: ConfigParser, module: nn.Module, passes: int) -> dict[str, Any]:
+    """What was run, and with what."""
+    return {
+        "parameters_m": round(parameters(module), 4),
+        "passes": passes,
+        "field": config["roi_size"],
+        "channels": config["channels"],
+        "torch": torch.__version__,
+        "monai": monai.__version__,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def key(data: str, method: str, seed: int, seconds: float) -> dict[str, Any]:
+    """What tells one run from another."""
+    return {"data": data, "method": method, "seed": seed, "seconds": seconds}
+
+
+def append(results: Path, row: dict[str, Any]) -> None:
+    """Add a line to the results file."""
+    line = json.dumps(row)
+    with results.open("a") as file:
+        file.write(line + "\n")
+    print(line, flush=True)
+
+
+def main() -> None:
+    """Run what is missing, and append it to the results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data_root", type=Path, required=True, help="folder of the data sets")
+    parser.add_argument("--data", nargs="+", choices=SETS, default=["LGG_MRI", "DRISHTI_roi"])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--seconds", type=float, default=180, help="CPU time of each training")
+    parser.add_argument("--shipped", type=float, help="score the weights in the bundle, trained for so many seconds")
+    parser.add_argument("--work_dir", type=Path, default=WORK)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.shipped:
+        append(options.results, shipped(options))
+        return
+    for seed in options.seeds:  # all methods get a first figure before any gets a second
+        for data in options.data:
+            for method in options.methods:
+                lines = options.results.read_text().splitlines() if options.results.is_file() else []
+                if any(json.loads(x).items() >= key(data, method, seed, options.seconds).items() for x in lines):
+                    continue
+                append(options.results, run(data, method, seed, options))
+
+
+if __name__ == "__main__":
+    main()

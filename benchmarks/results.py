@@ -1,0 +1,80 @@
+"""Write ``docs/results.md`` from the finished runs: ``python -m benchmarks.results``.
+
+The runs are the lines of ``benchmarks/results.jsonl`` (see ``benchmarks.accuracy``); what is said about them besides is
+in ``benchmarks/results_text.md``, whose ``{tables}`` they replace.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from .accuracy import METHODS, RESULTS, ROOT, SETS
+
+SCORES = {"dice": "Dice", "iou": "IoU", "hd95": "HD95", "ece": "ECE", "ged": "GED", "matched_iou": "matched IoU"}
+DIGITS = {"hd95": 1}
+
+
+def spread(values: Iterable[float], digits: int = 3) -> str:
+    """Mean ± standard deviation over seeds."""
+    values = list(values)
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+
+
+def row(runs: list[dict[str, Any]], scores: list[str]) -> str:
+    """One method on one data set; the scores of several classes are separated by a comma."""
+    first = runs[0]
+    cells = [first["method"], f"{first['parameters_m']:.2f}", str(first["passes"]), f"{first['seconds_per_image']:.3f}"]
+    cells.append(spread(statistics.mean(run["dice"]) for run in runs))
+    for score in scores:
+        classes = zip(*(run[score] for run in runs))
+        cells.append(", ".join(spread(values, DIGITS.get(score, 3)) for values in classes))
+    return "| " + " | ".join([*cells, str(len(runs))]) + " |"
+
+
+def table(data: str, runs: list[dict[str, Any]]) -> list[str]:
+    """All methods on one data set, at one time of training."""
+    scores = [score for score in SCORES if all(score in run for run in runs)]
+    head = ["method", "parameters, M", "passes", "seconds / image", "mean Dice", *(SCORES[s] for s in scores), "seeds"]
+    first = runs[0]
+    names = list(SETS[data][1].get("regions") or {})
+    lines = [
+        f"### {data}: {first['seconds']:g} s of training, {first['cases']} cases, field {first['field']}",
+        "",
+        *([f"Classes in this order: {', '.join(names)}.", ""] if names else []),
+        "| " + " | ".join(head) + " |",
+        "|" + " --- |" * len(head),
+    ]
+    order = [*METHODS, *sorted({run["method"] for run in runs} - METHODS.keys())]
+    groups = ([run for run in runs if run["method"] == method] for method in order)
+    return [*lines, *(row(group, scores) for group in groups if group), ""]
+
+
+def tables(runs: list[dict[str, Any]]) -> str:
+    """A table for each data set and time of training."""
+    keys = dict.fromkeys(
+        (run["data"], run["seconds"]) for run in sorted(runs, key=lambda r: list(SETS).index(r["data"]))
+    )
+    parts = (table(*key[:1], [r for r in runs if (r["data"], r["seconds"]) == key]) for key in keys)
+    return "\n".join(line for part in parts for line in part).rstrip()
+
+
+def main() -> None:
+    """Write the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results.md")
+    options = parser.parse_args()
+    runs = [json.loads(line) for line in options.results.read_text().splitlines()]
+    text = (ROOT / "benchmarks" / "results_text.md").read_text(encoding="utf-8")
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(text.replace("{tables}", tables(runs)), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""The benchmarks run, keep what they have done, and write it down; figures of so short a training mean nothing."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import sys
+
+import pytest
+import torch
+
+from benchmarks import accuracy, figures, peers, results, sampling
+
+from .conftest import make_nifti_dataset, make_png_dataset, write_json
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def call(monkeypatch, program, *arguments) -> None:
+    monkeypatch.setattr(sys, "argv", [program.__name__, *map(str, arguments)])
+    program.main()
+
+
+def test_accuracy_trains_each_method_once_and_scores_it(tmp_path, monkeypatch):
+    for folder in ("LGG_MRI", "Hippocampus3D"):
+        (tmp_path / folder).mkdir()
+    make_png_dataset(tmp_path / "LGG_MRI")
+    make_nifti_dataset(tmp_path / "Hippocampus3D", (19, 22, 9))
+    small = {"roi_size": [16, 16], "channels": [8, 8]}
+    flat = {"roi_size": [16, 16, 16], "channels": [8, 8]}
+    monkeypatch.setattr(accuracy, "SETS", {"LGG_MRI": ("lgg_mri", small), "Hippocampus3D": ("hippocampus", flat)})
+    file = tmp_path / "results.jsonl"
+    arguments = ["--data_root", tmp_path, "--seeds", 0, "--seconds", 0.2, "--results", file, "--work_dir", tmp_path]
+    call(monkeypatch, accuracy, *arguments, "--data", "LGG_MRI", "Hippocampus3D")
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert {(r["data"], r["method"]) for r in rows} == {(d, m) for d in accuracy.SETS for m in accuracy.METHODS}
+    for row in rows:
+        classes = 1 if row["data"] == "LGG_MRI" else 2
+        assert all(len(row[k]) == classes and min(row[k]) >= 0 for k in ("dice", "iou", "ece"))
+        assert row["iterations"] >= 1 and row["passes"] == (1 if row["method"] == "MONAI UNet" else 10)
+    size = {row["method"]: row["parameters_m"] for row in rows if row["data"] == "LGG_MRI"}
+    assert size["plain DPM"] < size["+ dynamic conditioning"] < size["+ FF-Parser"]
+    monkeypatch.setattr(accuracy, "run", lambda *_: pytest.fail("a run that is in the results was repeated"))
+    call(monkeypatch, accuracy, *arguments, "--data", "LGG_MRI")
+
+    pages = tmp_path / "results.md"
+    call(monkeypatch, results, "--results", file, "--output", pages)
+    page = pages.read_text(encoding="utf-8")
+    assert all(f"### {data}" in page for data in accuracy.SETS)
+    lines = [line for line in page.splitlines() if line.startswith("| + FF-Parser")]
+    means = [sum(row["dice"]) / len(row["dice"]) for row in rows if row["method"] == "+ FF-Parser"]
+    assert [line.split(" | ")[4] for line in lines] == [f"{mean:.3f}" for mean in means]
+
+    arguments = ["--data_root", tmp_path, "--seconds", 0.2, "--work_dir", tmp_path, "--output_dir", tmp_path]
+    call(monkeypatch, figures, *arguments, "--data", "LGG_MRI")
+    assert (tmp_path / "LGG_MRI.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_sampling_writes_a_table_and_goes_on_from_finished_rows(tmp_path, monkeypatch):
+    (data := tmp_path / "data").mkdir()
+    make_png_dataset(data, cases=6)
+    lists = json.loads((data / "dataset.json").read_text())
+    write_json(data, training=lists["training"][:4], test=lists["training"][4:] + lists["test"])
+    has_peer = importlib.util.find_spec("med_seg_diff_pytorch") is not None
+    some = {k: v for k, v in peers.PEERS.items() if has_peer or k != "med-seg-diff-pytorch"}
+    monkeypatch.setattr(peers, "MONAI_STEPS", 2)
+    monkeypatch.setattr(peers, "PEER_STEPS", 2)
+    monkeypatch.setattr(sampling, "PEERS", some)
+    monkeypatch.setattr(sampling, "STEPS", (1, 2))
+    monkeypatch.setattr(sampling, "MEMBERS", (1, 5))
+    monkeypatch.setattr(sampling, "ROUNDS", 1)
+    if not has_peer:
+        monkeypatch.setattr(sampling, "ratios", lambda *_: [])
+    arguments = ["--dataset_dir", data, "--roi_size", "[16, 16]", "--channels", "[16, 32]", "--cases", 2]
+    arguments += ["--work_dir", tmp_path / "work", "--output_dir", tmp_path / "out", "--seconds"]
+    call(monkeypatch, sampling, *arguments, 0.2)
+    with (tmp_path / "out" / "sampling.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    ours = {(r["sampler"], r["steps"], r["members"]) for r in rows if r["method"] == "ours" and r["amp"] == "False"}
+    assert ours == {(s, str(n), str(m)) for s in sampling.SAMPLERS for n in (1, 2) for m in (1, 5)}
+    assert {r["method"] for r in rows} == {"ours", *some}
+    assert (tmp_path / "out" / "sampling.png").stat().st_size and "Dice" in (
+        tmp_path / "out" / "sampling.md"
+    ).read_text()
+
+    monkeypatch.setattr(sampling, "measure", lambda *_, **__: pytest.fail("a finished row was measured again"))
+    call(monkeypatch, sampling, *arguments, 0.2)
+    with pytest.raises(SystemExit, match="other settings"):
+        call(monkeypatch, sampling, *arguments, 0.3)
+
+
+def test_training_stops_at_its_cpu_time_and_reads_what_is_there(tmp_path):
+    net = torch.nn.Conv2d(1, 1, 1)
+    peer = peers.Peer(net, lambda image, mask: (net(image) - mask).square().mean(), lambda m, x: m(x), 1)
+    image = torch.ones(2, 1, 4, 4)
+
+    class Batch(torch.Tensor):
+        def as_tensor(self):
+            return torch.Tensor(self)
+
+    loader = [{"image": image.as_subclass(Batch), "label": (3 * image).as_subclass(Batch)}]
+    module, iterations = peers.train(peer, loader, 1.0, 0.1, tmp_path / "w.pt")
+    assert iterations > 10 and torch.allclose(module(image), 3 * image, atol=0.1)
+    again, same = peers.train(
+        peers.Peer(torch.nn.Conv2d(1, 1, 1), peer.loss, peer.segment, 1), [], 1.0, 0.1, tmp_path / "w.pt"
+    )
+    assert same == iterations and torch.equal(again.weight, module.weight)
