@@ -141,7 +141,7 @@ def test_script_says_what_it_takes():
 NETWORK = {"channels": [8, 8], "num_res_blocks": 1, "num_members": MEMBERS, "device": "cpu"}
 CASES = {
     "2D": {**NETWORK, **PICTURE_SETTINGS, "roi_size": [8, 8]},
-    "3D": {**NETWORK, **VOLUME_SETTINGS, "roi_size": [8, 6, 4]},
+    "3D": {**NETWORK, **VOLUME_SETTINGS, "roi_size": [8, 12, 4]},
 }
 
 
@@ -207,9 +207,9 @@ def test_monai_exports_the_network_called_with_the_image_alone(converter, tmp_pa
     converter(
         net_id="network_def", filepath=str(tmp_path / "model.out"), ckpt_file=str(tmp_path / "model.pt"),
         meta_file=str(CONFIGS / "metadata.json"), config_file=str(CONFIGS / "inference.json"),
-        bundle_root=str(ROOT / "bundle"), input_shape=[1, 1, 8, 6, 4], **settings,
+        bundle_root=str(ROOT / "bundle"), input_shape=[1, 1, 8, 12, 4], **settings,
     )  # fmt: skip
-    image = torch.randn(1, 1, 8, 6, 4)
+    image = torch.randn(1, 1, 8, 12, 4)
     if converter is ckpt_export:
         actual = torch.jit.load(tmp_path / "model.out")(image).numpy()
     else:
