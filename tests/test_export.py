@@ -89,7 +89,7 @@ def test_steps_in_numbers_are_those_of_the_sampler(name, steps):
         x0 = step.read_x * x + step.read_output * output
         x0 = x0.clamp(-1, 1) if scheduler.clip_sample else x0
         x, before = step.keep * x + step.take * x0 + step.recall * before, x0
-    torch.testing.assert_close(x, expected, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(x, expected, rtol=1e-9, atol=1e-9)
     assert scheduler.clip_sample == arguments.get("clip_sample", False)  # it was left as it was
 
 
