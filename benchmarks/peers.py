@@ -148,11 +148,7 @@ def med_seg_diff_pytorch(parser: ConfigParser) -> Peer:
     return Peer(diffusion, lambda image, mask: diffusion(mask, image), segment, PEER_STEPS)
 
 
-PEERS = {
-    "MONAI UNet": unet,
-    "MONAI DiffusionModelUNet": monai_diffusion,
-    "med-seg-diff-pytorch": med_seg_diff_pytorch,
-}
+PEERS = {"MONAI UNet": unet, "MONAI DiffusionModelUNet": monai_diffusion, "med-seg-diff-pytorch": med_seg_diff_pytorch}
 
 
 def _ema(average: Tensor, new: Tensor, count: Tensor | int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Commands: ``python -m medsegdiff_monai check | prepare | segment | demo``."""
+"""Commands: ``python -m medsegdiff_monai check | prepare | segment | export | package | demo``."""
 
 from __future__ import annotations
 
@@ -66,6 +66,44 @@ def check(dataset: str, write: str | None = None, strict: bool | str = False) ->
     check(str(dataset), write, strict)
 
 
+def export(
+    output: str, bundle_root: str | None = None, config_file: str | list[str] | None = None, **override: Any
+) -> None:
+    """Write the whole segmenter as one file that needs nothing of this package: image in, probabilities out.
+
+    The sampler, its noise and its members are inside; members are fused by their mean.
+
+    Args:
+        output: file to write: ``.ts`` (TorchScript, images of any size) or ``.onnx`` (images of ``roi_size``).
+        bundle_root: the bundle's folder; found in the working directory where it is not given.
+        config_file: config, or list of configs, in place of ``configs/inference.json``.
+        **override: config variables, such as ``--num_members 9 --num_steps 2 --checkpoint FILE``.
+    """
+    from .export import export_segmenter
+    from .settings import find_bundle_root
+
+    root = bundle_root or find_bundle_root()
+    export_segmenter(str(output), config_file or f"{root}/configs/inference.json", bundle_root=root, **override)
+
+
+def package(
+    output: str, bundle_root: str | None = None, results: str | None = None, weights_url: str | None = None
+) -> None:
+    """Write the bundle as the model zoo takes it: self-contained, as a folder and a zip.
+
+    Args:
+        output: folder to write both to.
+        bundle_root: the bundle's folder; found in the working directory where it is not given.
+        results: file of measured results; ``benchmarks/results.jsonl`` beside the bundle where it is not given.
+        weights_url: where weights above 25 MB are downloaded from.
+    """
+    from .package import package_bundle
+    from .settings import find_bundle_root
+
+    for path in package_bundle(str(output), bundle_root or find_bundle_root(), results, weights_url):
+        print(path)
+
+
 def demo(output_dir: str = "demo_output") -> None:
     """Prepare real MRI that a Python package carries, train on it, score, and write a picture of the result.
 
@@ -80,7 +118,9 @@ def demo(output_dir: str = "demo_output") -> None:
 def main() -> None:
     """Run a command; bad input ends with one message."""
     show_input_errors_plainly()
-    commands = {"check": check, "prepare": prepare, "segment": segment, "demo": demo}
+    commands = {
+        "check": check, "prepare": prepare, "segment": segment, "export": export, "package": package, "demo": demo
+    }  # fmt: skip
     fire.Fire(commands, name="medsegdiff_monai")
 
 

@@ -177,11 +177,7 @@ class CaseWriter:
     """
 
     def __init__(
-        self,
-        output_dir: str,
-        num_classes: int,
-        regions: Mapping[str, Sequence[int]] | None = None,
-        merge: bool = False,
+        self, output_dir: str, num_classes: int, regions: Mapping[str, Sequence[int]] | None = None, merge: bool = False
     ) -> None:
         self.output_dir = Path(output_dir)
         self.regions = Regions(num_classes, regions)

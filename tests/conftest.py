@@ -43,11 +43,7 @@ def write_json(folder: Path, **lists: list) -> Path:
 
 
 def make_nifti_dataset(
-    folder: Path,
-    shape: tuple[int, ...],
-    cases: int = 5,
-    classes: int = 2,
-    affine: np.ndarray | None = None,
+    folder: Path, shape: tuple[int, ...], cases: int = 5, classes: int = 2, affine: np.ndarray | None = None
 ) -> Path:
     rng = np.random.default_rng(0)
     items = []

@@ -17,10 +17,7 @@ from medsegdiff_monai.networks import DynamicConditioning, FFParser
 
 from .conftest import CONFIGS, ROOT
 
-DATASETS = {
-    2: ("brats2021", "ddti", "generic_2d", "lgg_mri", "mni152", "refuge2"),
-    3: ("brats2021_3d", "hippocampus"),
-}
+DATASETS = {2: ("brats2021", "ddti", "generic_2d", "lgg_mri", "mni152", "refuge2"), 3: ("brats2021_3d", "hippocampus")}
 VARIANTS = {
     2: ("medsegdiff_s", "medsegdiff_b", "medsegdiff_l", "medsegdiff_plusplus"),
     3: ("medsegdiff_s_3d", "medsegdiff_b_3d"),

@@ -156,10 +156,7 @@ def _write(files: CaseFiles, name: str, picture: Path, label: np.ndarray) -> lis
     """Write the picture, grey as ultrasound is (the owners' JPEG has three equal channels), and its mask."""
     grey = picture_values(picture)
     return [
-        {
-            "image": files.picture(grey, f"images/{name}.png"),
-            "label": files.label_picture(label, f"labels/{name}.png"),
-        }
+        {"image": files.picture(grey, f"images/{name}.png"), "label": files.label_picture(label, f"labels/{name}.png")}
     ]
 
 

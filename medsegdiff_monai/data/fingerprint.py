@@ -119,7 +119,7 @@ def fingerprint(facts: Sequence[CaseFacts]) -> dict[str, Any]:
     """
     labelled = [case for case in facts if case.voxels is not None]
     classes = {}
-    for value in sorted({value for case in labelled for value in case.voxels or {}}):
+    for value in sorted({label for case in labelled for label in case.voxels or {}}):
         share = [(case.voxels or {}).get(value, 0) / math.prod(case.size) for case in labelled]
         classes[str(value)] = {
             "cases": sum(s > 0 for s in share),

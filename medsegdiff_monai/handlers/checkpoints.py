@@ -53,12 +53,7 @@ class TrainingCheckpoint:
     """
 
     def __init__(
-        self,
-        objects: dict[str, Any],
-        validator: Engine,
-        ckpt_dir: str,
-        resume: bool | str = False,
-        n_saved: int = 2,
+        self, objects: dict[str, Any], validator: Engine, ckpt_dir: str, resume: bool | str = False, n_saved: int = 2
     ) -> None:
         self.objects = {**objects, "best": _BestMetric(validator)}
         self.ckpt_dir = Path(ckpt_dir)

@@ -144,9 +144,11 @@ class Stage(nn.Module):
             for i in range(num_res_blocks)
         )  # fmt: skip
         self.attentions = nn.ModuleList(
-            AttentionBlock(spatial_dims, out_channels, num_head_channels, norm_num_groups)
-            if attention
-            else nn.Identity()
+            (
+                AttentionBlock(spatial_dims, out_channels, num_head_channels, norm_num_groups)
+                if attention
+                else nn.Identity()
+            )
             for _ in range(num_res_blocks)
         )
 

@@ -160,9 +160,11 @@ class MedSegDiffUNet(nn.Module):
         self.image_stages = nn.ModuleList(stage(i, below[i], 0) for i in range(levels - 1))
         self.image_downs = nn.ModuleList(Downsample(spatial_dims, channels[i]) for i in range(levels - 1))
         self.fusions = nn.ModuleList(
-            Fusion(spatial_dims, channels[i], _grid(size, stem_stride * 2**i) if as_bool(use_ff_parser) else None)
-            if i in fused
-            else NoFusion()
+            (
+                Fusion(spatial_dims, channels[i], _grid(size, stem_stride * 2**i) if as_bool(use_ff_parser) else None)
+                if i in fused
+                else NoFusion()
+            )
             for i in range(levels - 1)
         )
         self.mask_stem = conv(out_channels, channels[0], kernel_size=3, padding=1, stride=stem_stride)
@@ -282,10 +284,7 @@ class MedSegDiffUNet(nn.Module):
         return torch.cat([1 - foreground.amax(dim=1, keepdim=True), foreground], dim=1)
 
     def forward(
-        self,
-        x: Tensor,
-        timesteps: Optional[Tensor] = None,
-        context: Optional[Union[Tensor, List[Tensor]]] = None,
+        self, x: Tensor, timesteps: Optional[Tensor] = None, context: Optional[Union[Tensor, List[Tensor]]] = None
     ) -> Tensor:
         """Predict from the noisy mask, its timestep and the image.
 
