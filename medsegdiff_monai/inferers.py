@@ -159,7 +159,7 @@ class DiffusionEnsembleInferer(Inferer):
             torch.randn(field.shape, generator=torch.Generator().manual_seed(seed), out=field)
         return noise
 
-    def __call__(self, inputs: Tensor, network: Callable, *args: Any, **kwargs: Any) -> Tensor:
+    def __call__(self, inputs: Tensor, network: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Segment images of any size.
 
         Args:

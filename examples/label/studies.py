@@ -10,7 +10,7 @@ from nilearn import datasets, image
 
 CENTRE_MM = (28.0, -22.0, -14.0)  # of the right hippocampus in MNI152
 SIZE_MM = (38.0, 56.0, 40.0)
-README = """Crops of the MNI152 T1 template around the hippocampus, as packaged by nilearn: one brain, averaged over 152 people.
+README = """Crops of the MNI152 T1 template around the hippocampus, as packaged by nilearn: an average of 152 brains.
 They are there to try the server on. They belong to nobody, have no true labels, and measure nothing.
 """
 

@@ -79,10 +79,7 @@ class TrainingReport:
         best, last = self._best(rows), next((row for row in reversed(rows) if metric_names([row])), {})
         if not last:
             return ["No validation yet."]
-        lines = [
-            f"| validation | best, epoch {best['epoch']:.0f} | last, epoch {last['epoch']:.0f} |",
-            "|---|---|---|",
-        ]
+        lines = [f"| validation | best, epoch {best['epoch']:.0f} | last, epoch {last['epoch']:.0f} |", "|---|---|---|"]
         return lines + [f"| {name} | {best[name]:.4f} | {last[name]:.4f} |" for name in metric_names([last])]
 
     def _settings(self) -> list[str]:

@@ -107,11 +107,7 @@ class ValidationPictures:
     """
 
     def __init__(
-        self,
-        output_dir: str,
-        num_classes: int,
-        regions: Mapping[str, Sequence[int]] | None = None,
-        number: int = 4,
+        self, output_dir: str, num_classes: int, regions: Mapping[str, Sequence[int]] | None = None, number: int = 4
     ) -> None:
         self.folder = Path(output_dir) / "validation"
         self.regions = Regions(num_classes, regions)

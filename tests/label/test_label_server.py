@@ -227,7 +227,9 @@ def test_studies_are_ranked_by_disagreement(study, tmp_path):
     server = Server(tmp_path, "active_learning")
     try:
         info = requests.get(f"{server.url}/info/").json()
-        assert set(info["strategies"]) == {"random", "first", "disagreement"} and set(info["scoring"]) == {"disagreement"}
+        assert set(info["strategies"]) == {"random", "first", "disagreement"} and set(info["scoring"]) == {
+            "disagreement"
+        }
         label = {"label": ("label.nii.gz", (studies / "clear.nii.gz").read_bytes())}
         query = {"image": "labelled", "tag": "final"}
         assert requests.put(f"{server.url}/datastore/label", params=query, files=label).ok

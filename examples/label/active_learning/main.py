@@ -47,9 +47,7 @@ class EnsembleDisagreement(EpistemicScoring):
         request = {"image": datastore.get_image_uri(image_id), "num_members": simulation_size, "logging": "error"}
         _, results = self.infer_task(request=request)
         disagreement = 1 - float(results["pairwise_dice"].mean())
-        datastore.update_image_info(
-            image_id, {self.key_output_entropy: disagreement, self.key_output_ts: model_ts}
-        )
+        datastore.update_image_info(image_id, {self.key_output_entropy: disagreement, self.key_output_ts: model_ts})
 
 
 class MedSegDiffApp(_stock_app(), MONAILabelApp):  # type: ignore[misc]
@@ -70,4 +68,7 @@ class MedSegDiffApp(_stock_app(), MONAILabelApp):  # type: ignore[misc]
 
     def init_strategies(self) -> dict[str, Strategy]:
         """Offer the study about which the ensemble disagrees most."""
-        return {**super().init_strategies(), "disagreement": Epistemic(desc="The study the ensemble disagrees about most")}
+        return {
+            **super().init_strategies(),
+            "disagreement": Epistemic(desc="The study the ensemble disagrees about most"),
+        }
