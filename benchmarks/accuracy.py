@@ -175,8 +175,9 @@ def run(data: str, method: str, seed: int, options: argparse.Namespace) -> dict[
     peer, module, iterations = trained(data, method, seed, options)
     config = configure("evaluate", data, options.data_root, seed, METHODS[method][1])
     scores = evaluate(config, partial(peer.segment, module), data == "DRISHTI_roi")
+    rate = configure("train", data, options.data_root, seed)["learning_rate"]
     known = key(data, method, seed, options.seconds)
-    return {**known, "iterations": iterations, **describe(config, module, peer.passes), **scores}
+    return {**known, "iterations": iterations, "learning_rate": rate, **describe(config, module, peer.passes), **scores}
 
 
 def shipped(options: argparse.Namespace) -> dict[str, Any]:
