@@ -32,7 +32,7 @@ class Witness:
 
     def __init__(self, model, folder):
         self.model, self.folder = model, folder
-        self.seen = {"noise": [], "timesteps": [], "cases": [], "guesses": 0}
+        self.seen = {"noise": [], "timesteps": [], "cases": [], "guesses": []}
 
     def attach(self, engine):
         engine.add_event_handler(Events.STARTED, self._watch)
@@ -49,10 +49,12 @@ class Witness:
             return prepared
 
         engine.prepare_batch = watch
-        engine.network.register_forward_pre_hook(self._count)
+        engine.network.register_forward_pre_hook(
+            lambda network, inputs: None if torch.is_grad_enabled() else self._guess(engine, len(inputs[0]))
+        )
 
-    def _count(self, *args):
-        self.seen["guesses"] += not torch.is_grad_enabled()
+    def _guess(self, engine, items):
+        self.seen["guesses"].append((engine.state.iteration, items))
 
     def _write(self, engine):
         rank = dist.get_rank() if dist.is_initialized() else 0

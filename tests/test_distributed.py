@@ -109,7 +109,7 @@ def test_processes_keep_the_same_weights_and_see_different_noise(together, squar
     codes, logs = together("train", overlay, dataset_dir=squares, max_epochs=2, **out)
     assert codes == [0, 0], logs
     first, second = read(tmp_path / "witness")
-    assert first["guesses"] != second["guesses"]  # which own guesses must not get out of step
+    assert first["guesses"] != second["guesses"]  # passes without gradients do not get the processes out of step
     torch.testing.assert_close(first["weights"], second["weights"], rtol=0, atol=0)
     assert not any(name.startswith("module.") for name in first["weights"])
     for a, b in zip(first["noise"], second["noise"]):
@@ -216,23 +216,49 @@ def test_process_that_hangs_ends_the_run_after_the_timeout(together, squares, tm
     assert codes[0] == 1 and "imed out" in logs[0]
 
 
-def test_torchrun_ends_with_an_error_when_a_process_is_killed(squares, tmp_path):
-    """The command of the README; no process is left behind."""
+def test_process_that_dies_ends_the_run_at_once(together, squares, tmp_path):
     kill = {"_target_": "tests.distributed_parts.Accident", "name": "SIGKILL", "iteration": 2}
-    overlay = write_overlay(tmp_path / "overlay.json", **TINY, **PICTURE_SETTINGS, **handlers(kill))
-    configs = ["bundle/configs/train.json", "bundle/configs/multi_gpu_train.json", str(overlay)]
+    overlay = write_overlay(tmp_path / "overlay.json", **handlers(kill))
+    out = {"output_dir": tmp_path / "out", "ckpt_dir": tmp_path / "out"}
+    codes, _ = together("train", overlay, dataset_dir=squares, max_epochs=1000, **out)
+    assert codes == [1, -signal.SIGKILL]
+
+
+def torchrun(run_id: str, overlay: Path, timeout: float = 300, **variables) -> subprocess.CompletedProcess:
+    """The command of the README; fails where a process is left behind."""
+    name = {"training": "train", "evaluating": "evaluate"}[run_id]
+    configs = [f"bundle/configs/{name}.json", f"bundle/configs/multi_gpu_{name}.json", str(overlay)]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += ["-m", "monai.bundle", "run", "training", "--config_file", str(configs), "--dataset_dir", str(squares)]
-    command += ["--output_dir", str(tmp_path), "--ckpt_dir", str(tmp_path), "--device", "cpu", "--max_epochs", "1000"]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    try:
-        _, errors = process.communicate(timeout=150)
-    finally:
-        if process.poll() is None:
+    command += ["-m", "monai.bundle", "run", run_id, "--config_file", str(configs), "--device", "cpu"]
+    command += [part for name, value in variables.items() for part in (f"--{name}", str(value))]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        try:
+            _, errors = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode != 0 and ("SIGKILL" in errors or "-9" in errors)
+            raise
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)
+    return subprocess.CompletedProcess(command, process.returncode, stderr=errors)
+
+
+@pytest.mark.slow
+def test_torchrun_trains_and_evaluates(squares, tmp_path):
+    overlay = write_overlay(tmp_path / "overlay.json", **TINY, **PICTURE_SETTINGS)
+    settings = {"dataset_dir": squares, "ckpt_dir": tmp_path / "models", "output_dir": tmp_path / "out"}
+    for run_id in ("training", "evaluating"):
+        done = torchrun(run_id, overlay, **settings)
+        assert done.returncode == 0, done.stderr
+    assert len(table(tmp_path / "out" / "cases.csv")) == 3
+
+
+@pytest.mark.slow
+def test_torchrun_ends_with_an_error_when_a_process_is_killed(squares, tmp_path):
+    kill = {"_target_": "tests.distributed_parts.Accident", "name": "SIGKILL", "iteration": 2}
+    overlay = write_overlay(tmp_path / "overlay.json", **TINY, **PICTURE_SETTINGS, **handlers(kill))
+    settings = {"dataset_dir": squares, "ckpt_dir": tmp_path, "output_dir": tmp_path, "max_epochs": 1000}
+    done = torchrun("training", overlay, **settings)
+    assert done.returncode == 1 and "exitcode  : -9" in done.stderr
 
 
 def test_overlays_need_torchrun(monkeypatch):

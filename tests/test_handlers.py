@@ -188,7 +188,7 @@ def test_only_the_first_rank_writes(tmp_path, monkeypatch):
     monkeypatch.setattr("ignite.distributed.utils.get_rank", lambda: 1)
     trainer = make_trainer(torch.nn.Linear(2, 1), tmp_path)
     trainer.validator.state.best_metric_epoch = trainer.validator.state.epoch = 0
-    BestModelSaver(torch.nn.Linear(2, 1), str(tmp_path / "model.pt"))(trainer.validator)
+    BestModelSaver(torch.nn.Linear(2, 1), str(tmp_path / "model.pt"), trainer.validator)(trainer)
     trainer.run([0], max_epochs=1)
     assert list(tmp_path.iterdir()) == []
 

@@ -32,7 +32,7 @@ def test_each_epoch_has_the_randomness_of_its_number_alone(workers, bundle, volu
     settings["train#dataloader#num_workers"] = workers
     bundle("train", **settings, val_interval=1, ckpt_dir=tmp_path / "whole")
     halves = {**settings, "val_interval": 3, "ckpt_dir": tmp_path / "halves"}
-    bundle("train", **halves, **{"train#trainer#max_epochs": 2})
+    bundle("train", **halves, **{"train#trainer#max_epochs": 2, "lr_scheduler#max_epochs": 3})
     bundle("train", **halves, resume="true")
     one, other = (
         torch.load(tmp_path / name / "checkpoint_epoch=3.pt", weights_only=True) for name in ("whole", "halves")

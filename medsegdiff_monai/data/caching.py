@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import io
 import logging
-import pickle
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -74,7 +74,7 @@ class DiskCacheDataset(PersistentDataset):
         if file.is_file():
             try:
                 return torch.load(file, weights_only=True)
-            except (EOFError, RuntimeError, pickle.UnpicklingError) as error:
+            except (EOFError, RuntimeError, UnpicklingError) as error:
                 logger.warning(f"{file}: cannot be read, and is made anew: {error}")
         result = self._pre_transform(deepcopy(item))
         content = io.BytesIO()

@@ -23,6 +23,7 @@ __all__ = ["CaseFacts", "fingerprint", "measure", "propose"]
 PERCENTILES = (0.5, 50.0, 99.5)
 STRIDE = 8  # of a network of four levels
 CHANNELS = {2: [32, 64, 96, 128], 3: [32, 64, 128]}
+STEM_STRIDE = 2  # the first level's resolution is lower by so much, as in the configs
 MAX_SIDE = {"cpu": 96, "gpu": 256}  # 2D; 256 is the paper's
 MAX_PATCH = {"cpu": 32 * 48 * 32, "gpu": 96**3}  # voxels, 3D
 SHORT = 32  # voxels
@@ -198,7 +199,8 @@ def propose(found: Mapping[str, Any], regions: Mapping[str, Sequence[int]], fold
         roi = _patch(size, MAX_PATCH[kind])
     budget = SHARE * _memory(device)
     cases = found["cases"].get("training", 1)
-    batch = int(budget / (BYTES_PER_FEATURE * CHANNELS[dims][0] * math.prod(roi)))
+    features = CHANNELS[dims][0] * math.prod(roi) / STEM_STRIDE**dims
+    batch = int(budget / (BYTES_PER_FEATURE * features))
     cache_bytes = 4 * cached * (found["channels"] + 1) * sum(found["cases"].values())
     return {
         "dataset_dir": str(folder.resolve()),

@@ -1,0 +1,95 @@
+"""What MONAI Label reads of the bundle, checked without it; ``test_label_server.py`` asks a real server."""
+
+from __future__ import annotations
+
+import json
+
+import nibabel as nib
+import numpy as np
+import pytest
+from monai.bundle import ConfigParser, run
+
+from ..conftest import CONFIGS, ROOT, TINY, VOLUME_SETTINGS
+
+
+def parser(name, **variables):
+    config = ConfigParser()
+    config.read_config(str(CONFIGS / f"{name}.json"))
+    config.update({"bundle_root": str(ROOT / "bundle"), **variables})
+    return config
+
+
+def test_every_key_that_it_reads_or_overrides_is_there():
+    inference, train = parser("inference"), parser("train")
+    for key in ("device", "bundle_root", "network_def", "preprocessing", "inferer", "postprocessing"):
+        assert inference[key]
+    for key in ("device", "bundle_root", "network", "train#trainer#max_epochs", "train#dataset#data", "train#handlers"):
+        assert train[key]
+    assert train["validate#dataset#data"] and train["run"]
+    assert (CONFIGS.parent / "models" / "model.pt").is_file()  # without one it ignores a bundle
+
+
+def test_declared_labels_are_the_values_of_the_mask():
+    pred = json.loads((CONFIGS / "metadata.json").read_text())["network_data_format"]["outputs"]["pred"]
+    labels = {int(value): name for value, name in pred["channel_def"].items() if name != "background"}
+    config = parser("inference")
+    fuse = config.get_parsed_content("postprocessing").transforms[-1]
+    assert sorted(labels) == list(range(1, fuse.num_classes + 1))
+    assert pred["channel_def"]["0"] == "background" and pred["num_channels"] == fuse.num_classes + 1
+
+
+def test_options_of_a_request_reach_inferer_and_fusion():
+    """As it does it: the dictionary is changed where it stands, then the config is parsed anew."""
+    config = parser("inference")
+    assert config.get_parsed_content("displayable_configs") == {"num_members": 5, "num_steps": 2, "fusion": "staple"}
+    config["displayable_configs"].update({"num_members": "3", "num_steps": 7, "fusion": "mean"})
+    config.parse()
+    inferer = config.get_parsed_content("inferer")
+    assert (inferer.num_members, inferer.num_steps) == (3, 7)
+    assert config.get_parsed_content("postprocessing").transforms[-1].fusion == "mean"
+    # and from the command line as ever
+    inferer = parser("inference", num_members=9).get_parsed_content("inferer")
+    assert (inferer.num_members, inferer.num_steps) == (9, 2)
+
+
+def test_preprocessing_leaves_the_other_keys_of_a_request_alone(tmp_path):
+    """Label keeps the path beside the image, as ``image_path``."""
+    path = str(tmp_path / "image.nii.gz")
+    nib.save(nib.Nifti1Image(np.random.rand(9, 8, 7).astype(np.float32), np.diag([1, 2, 1, 1])), path)
+    done = parser("inference").get_parsed_content("preprocessing")({"image": path, "image_path": path, "model": "m"})
+    assert done["image_path"] == path and done["image"].shape == (1, 9, 15, 7)
+
+
+@pytest.mark.parametrize("held_out", [1, 0])
+def test_training_on_a_list_from_elsewhere(held_out, volumes, tmp_path):
+    """It replaces both lists and the epochs, puts a loader before the handlers, and knows no dataset_dir."""
+    items = [
+        {k: str(volumes / v) for k, v in i.items()}
+        for i in json.loads((volumes / "dataset.json").read_text())["training"]
+    ]
+    settings = {**TINY, **VOLUME_SETTINGS, "bundle_root": str(tmp_path), "output_dir": str(tmp_path), "device": "cpu"}
+    settings.pop("max_epochs")
+    handlers = parser("train")["train#handlers"]
+    first = None
+    for epochs in (1, 2):
+        if first is not None:
+            load = {"model": "$@network"}
+            weights = str(tmp_path / "models" / "model.pt")
+            handlers.insert(
+                0, {"_target_": "CheckpointLoader", "load_path": weights, "load_dict": load, "strict": False}
+            )
+        run(
+            run_id="run",
+            config_file=str(CONFIGS / "train.json"),
+            **settings,
+            **{
+                "train#handlers": handlers,
+                "train#trainer#max_epochs": epochs,
+                "train#dataset#data": items[held_out:],
+                "validate#dataset#data": items[:held_out],
+            },
+        )
+        content = (tmp_path / "models" / "model.pt").read_bytes()
+        assert content != first
+        first = content
+    assert (tmp_path / "history.csv").read_text().count("\n") == 1 + 2
