@@ -89,7 +89,8 @@ def test_compiled_training_is_the_plain_one_under_the_same_names(bundle, squares
     bundle("train", **settings, compile="false", ckpt_dir=tmp_path / "plain")
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    bundle("train", **{**settings, "train#trainer#max_epochs": 1}, compile="true", ckpt_dir=tmp_path / "compiled")
+    half = {"train#trainer#max_epochs": 1, "lr_scheduler#max_epochs": 2}
+    bundle("train", **{**settings, **half}, compile="true", ckpt_dir=tmp_path / "compiled")
     bundle("train", **settings, compile="true", resume=True, ckpt_dir=tmp_path / "compiled")
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
     plain, compiled = read(tmp_path / "plain"), read(tmp_path / "compiled")

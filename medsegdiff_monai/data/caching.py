@@ -6,14 +6,16 @@ import io
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
+from enum import Enum
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
+import numpy as np
 import torch
 from monai.data import CacheDataset, Dataset, PersistentDataset
 from monai.data.utils import pickle_hashing
-from monai.utils import convert_to_tensor
+from monai.utils import convert_to_tensor, enums
 
 from ..distributed import is_main
 from ..errors import InputError
@@ -22,6 +24,11 @@ from ..files import write_atomically
 __all__ = ["DiskCacheDataset", "cached_dataset"]
 
 logger = logging.getLogger(__name__)
+
+# what images carry besides tensors: arrays, what rebuilds them, and the keys of MONAI's record of transforms
+SAFE: list[Any] = [np.ndarray, np.dtype, *(type(np.dtype(code)) for code in "?bhilqBHILQefdU")]
+SAFE += [np.zeros(1).__reduce__()[0], np.float64(0).__reduce__()[0]]
+SAFE += [kind for kind in vars(enums).values() if isinstance(kind, type) and issubclass(kind, Enum)]
 
 
 def cached_dataset(
@@ -73,7 +80,8 @@ class DiskCacheDataset(PersistentDataset):
         file = Path(self.cache_dir or "") / f"{self.hash_func(item).decode()}{self.transform_hash}.pt"
         if file.is_file():
             try:
-                return torch.load(file, weights_only=True)
+                with torch.serialization.safe_globals(SAFE):
+                    return torch.load(file, weights_only=True)
             except (EOFError, RuntimeError, UnpicklingError) as error:
                 logger.warning(f"{file}: cannot be read, and is made anew: {error}")
         result = self._pre_transform(deepcopy(item))

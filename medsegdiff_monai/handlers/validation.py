@@ -134,7 +134,7 @@ class ValidationPictures:
             return
         item, output = state.batch[0], state.output[0]
         _, image, affine = read_source(item)
-        name = f"epoch_{state.epoch:03d}"
+        case = item.get("case", f"case_{done}")  # lists that others supply have no names
         picture = overlay_bytes(
             np.asarray(image),
             _array(output["pred"]),
@@ -142,9 +142,9 @@ class ValidationPictures:
             _array(self.regions.label_map(output["label"])),
             affine,
             self.regions.names,
-            f"{item['case']}   epoch {state.epoch}",
+            f"{case}   epoch {state.epoch}",
         )
-        write_atomically(self.folder / name / f"{item['case']}.png", picture)
+        write_atomically(self.folder / f"epoch_{state.epoch:03d}" / f"{case}.png", picture)
 
 
 def _array(tensor: Tensor) -> np.ndarray:

@@ -267,7 +267,7 @@ def test_no_folder(tmp_path):
 
 
 def test_batch_fits_the_memory(task, monkeypatch):
-    monkeypatch.setattr("medsegdiff_monai.data.fingerprint.memory_bytes", lambda: 10**8)
+    monkeypatch.setattr("medsegdiff_monai.data.fingerprint.memory_bytes", lambda: 25 * 10**6)
     overlay = inspect_dataset(task).overlay
     assert overlay["batch_size"] == 2 and overlay["cache_rate"] == 1.0
     monkeypatch.setattr("medsegdiff_monai.data.fingerprint.memory_bytes", lambda: 10**5)
