@@ -142,7 +142,8 @@ class BestModelSaver:
     """Write the weights after each validation that is the best so far: a plain state dict, replaced atomically.
 
     Attach to the trainer, after MONAI's ``ValidationHandler``: only validations of the training count, not those of
-    weights that others sent, as in a federation. The key metric of the validator decides, the higher the better.
+    weights that others sent, as in a federation. The key metric of the validator decides, the higher the better. Where
+    there are no cases to validate on, the weights of each epoch are written.
 
     Args:
         model: network whose weights are written.
@@ -163,6 +164,7 @@ class BestModelSaver:
     def __call__(self, engine: Engine) -> None:
         """Write the weights if the validation of this epoch was the best."""
         state: Any = self.validator.state  # MONAI's workflows add to it
-        if state.best_metric_epoch == engine.state.epoch:
+        unjudged = not len(getattr(self.validator, "data_loader", [0]))
+        if unjudged or state.best_metric_epoch == engine.state.epoch:
             with replacing(self.path) as temporary:
                 torch.save(self.model.state_dict(), temporary)
