@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import accuracy, figures, peers, results, sampling
+from benchmarks import accuracy, figures, peers, results, sampling, training
 
 from .conftest import make_nifti_dataset, make_png_dataset, write_json
 
@@ -111,3 +111,21 @@ def test_training_stops_at_its_cpu_time_and_reads_what_is_there(tmp_path):
         peers.Peer(torch.nn.Conv2d(1, 1, 1), peer.loss, peer.segment, 1), [], 1.0, 0.1, tmp_path / "w.pt"
     )
     assert same == iterations and torch.equal(again.weight, module.weight)
+
+
+def test_training_compares_with_each_peer(tmp_path, monkeypatch):
+    shipped = training.config
+
+    def small():
+        parser = shipped()
+        parser.update({"roi_size": [16, 16], "channels": [16, 32], "batch_size": 2})
+        return parser
+
+    monkeypatch.setattr(training, "config", small)
+    monkeypatch.setattr(training, "peak_memory", lambda name: 1.0)
+    some = {training.OURS: peers.ours, training.ONE_ENCODER: peers.monai_diffusion}
+    monkeypatch.setattr(training, "BUILD", some)
+    call(monkeypatch, training, "--turns", 1, "--output", tmp_path / "training.md")
+    rows = [line.split(" | ") for line in (tmp_path / "training.md").read_text().splitlines() if line.startswith("| ")]
+    assert [row[0].strip("| ") for row in rows[2:]] == list(some)
+    assert rows[2][3] == "1.00" and float(rows[3][3]) > 0
