@@ -45,8 +45,9 @@ def one_process(rank: int, port: str, log: Path, files: list[str], settings: dic
         logging.root.removeHandler(handler)  # pytest's
     with (log / f"rank{rank}.log").open("w", buffering=1) as out:
         sys.stdout = sys.stderr = out
+        logging.basicConfig(stream=out, level=logging.INFO)  # logging.conf's stream is what pytest captures
         try:
-            run(config_file=files, **settings)
+            run(config_file=files, logging_file=False, **settings)
         except BaseException:
             traceback.print_exc()
             os._exit(1)
