@@ -41,8 +41,11 @@ def one_process(rank: int, port: str, log: Path, files: list[str], settings: dic
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(PROCESSES), MASTER_ADDR="127.0.0.1", MASTER_PORT=port
     )
-    for handler in logging.root.handlers[:]:
-        logging.root.removeHandler(handler)  # pytest's
+    for logger in (logging.root, *logging.root.manager.loggerDict.values()):
+        if isinstance(logger, logging.Logger):  # those of pytest, and of runs before this one
+            logger.handlers.clear()
+            logger.setLevel(logging.NOTSET)
+            logger.propagate, logger.disabled = True, False
     with (log / f"rank{rank}.log").open("w", buffering=1) as out:
         sys.stdout = sys.stderr = out
         logging.basicConfig(stream=out, level=logging.INFO)  # logging.conf's stream is what pytest captures
