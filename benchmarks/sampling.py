@@ -14,7 +14,6 @@ import gc
 import json
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -300,7 +299,8 @@ def write(setting: Setting, rows: Rows, lines: list[str]) -> None:
     text = [
         "# Members, steps and samplers",
         "",
-        f"`{' '.join(['python -m benchmarks.sampling', *sys.argv[1:]])}`",
+        f"`python -m benchmarks.sampling --dataset_dir {Path(setting.dataset_dir).name} --seconds {setting.seconds:g} "
+        f"--cases {setting.cases} --seed {setting.seed}`",
         "",
         f"{setting.overlay} at {setting.roi_size}, channels {setting.channels}, {setting.cases} test cases, STAPLE, "
         "Dice on the original grid; "
