@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import chain, repeat
 from pathlib import Path
+from typing import Any
 
 import torch
 from monai.bundle import ConfigParser
@@ -28,7 +29,7 @@ from medsegdiff_monai.losses import DiffusionSegmentationLoss
 
 from .forward import parameters
 
-__all__ = ["CONFIGS", "PEERS", "Peer", "ours", "train", "unet"]
+__all__ = ["CONFIGS", "PEERS", "Peer", "Training", "ours", "save", "train", "unet"]
 
 CONFIGS = Path(__file__).parent.parent / "bundle" / "configs"
 
@@ -60,7 +61,7 @@ def ours(parser: ConfigParser) -> Peer:
         for name in ("network_def", "loss", "train#trainer#prepare_batch", "train#inferer")
     )
     shipped = ConfigParser.load_config_file(CONFIGS / "inference.json")
-    members, steps = shipped["num_members"], shipped["num_steps"]
+    members, steps = (parser.get(name, shipped[name]) for name in ("num_members", "num_steps"))  # of an overlay
     parser["validate#inferer"].update({"num_members": members, "num_steps": steps})
     infer = parser.get_parsed_content("validate#inferer")
 
@@ -156,6 +157,51 @@ def _ema(average: Tensor, new: Tensor, count: Tensor | int) -> Tensor:
     return torch.lerp(average, new, max(0.005, 9 / (10 + int(count)))) if average.is_floating_point() else new
 
 
+class Training:
+    """Training of a peer by CPU time of this process; it can be left and taken up between iterations.
+
+    Args:
+        peer: what to train.
+        loader: batches with ``image`` and ``label``.
+        seconds: CPU time at which the learning rate has fallen to 0.
+        lr: first learning rate.
+    """
+
+    def __init__(self, peer: Peer, loader: Iterable, seconds: float, lr: float) -> None:
+        self.peer, self.seconds, self.lr = peer, seconds, lr
+        self.batches = chain.from_iterable(repeat(loader))
+        self.average = AveragedModel(peer.module, avg_fn=_ema, use_buffers=True)
+        self.optimizer = torch.optim.AdamW(peer.module.parameters(), lr=lr)
+        self.elapsed = 0.0
+
+    def until(self, elapsed: float) -> None:
+        """Train until so many seconds have been trained for in all."""
+        self.peer.module.train()
+        start = time.process_time() - self.elapsed
+        while self.elapsed < elapsed:
+            batch = next(self.batches)
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.lr * (1 + math.cos(math.pi * self.elapsed / self.seconds)) / 2
+            self.optimizer.zero_grad()
+            self.peer.loss(batch["image"].as_tensor(), batch["label"].as_tensor()).backward()
+            nn.utils.clip_grad_norm_(self.peer.module.parameters(), 1.0)
+            self.optimizer.step()
+            self.average.update_parameters(self.peer.module)
+            self.elapsed = time.process_time() - start
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what :meth:`load_state_dict` takes up."""
+        parts = {"network": self.peer.module, "average": self.average, "optimizer": self.optimizer}
+        return {"elapsed": self.elapsed, **{name: part.state_dict() for name, part in parts.items()}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what an earlier run has left; the batches begin anew."""
+        self.elapsed = state["elapsed"]
+        self.peer.module.load_state_dict(state["network"])
+        self.average.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
 def train(peer: Peer, loader: Iterable, seconds: float, lr: float, weights: Path) -> tuple[nn.Module, int]:
     """Train a peer for some seconds of CPU time; what an earlier run has written is read.
 
@@ -169,24 +215,18 @@ def train(peer: Peer, loader: Iterable, seconds: float, lr: float, weights: Path
     Returns:
         The module with its averaged weights, in evaluation mode, and the number of iterations.
     """
-    average = AveragedModel(peer.module, avg_fn=_ema, use_buffers=True)
+    training = Training(peer, loader, seconds, lr)
+    average = training.average
     if not weights.is_file():
-        optimizer = torch.optim.AdamW(peer.module.parameters(), lr=lr)
-        peer.module.train()
-        start = time.process_time()
-        batches = chain.from_iterable(repeat(loader))
-        while (elapsed := time.process_time() - start) < seconds:
-            batch = next(batches)
-            for group in optimizer.param_groups:
-                group["lr"] = lr * (1 + math.cos(math.pi * elapsed / seconds)) / 2
-            optimizer.zero_grad()
-            peer.loss(batch["image"].as_tensor(), batch["label"].as_tensor()).backward()
-            nn.utils.clip_grad_norm_(peer.module.parameters(), 1.0)
-            optimizer.step()
-            average.update_parameters(peer.module)
-        weights.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({"model": average.module.state_dict(), "iterations": int(average.n_averaged)}, f"{weights}.tmp")
-        os.replace(f"{weights}.tmp", weights)
+        training.until(seconds)
+        save({"model": average.module.state_dict(), "iterations": int(average.n_averaged)}, weights)
     trained = torch.load(weights, weights_only=True)
     average.module.load_state_dict(trained["model"])
     return average.module.eval(), trained["iterations"]
+
+
+def save(content: dict[str, Any], file: Path) -> None:
+    """Write a file of weights at once or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(content, f"{file}.tmp")
+    os.replace(f"{file}.tmp", file)
