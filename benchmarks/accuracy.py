@@ -1,7 +1,7 @@
 """Segmenters trained for the same time on the same data: U-Net, plain diffusion, and the method's two ideas.
 
-``python -m benchmarks.accuracy --data_root DIR`` trains each method on each data set with each seed (see
-``benchmarks.peers``) and appends a line to ``benchmarks/results.jsonl``; runs that are there are not repeated. Scores
+``python -m benchmarks.accuracy --data_root DIR`` trains the methods on each data set with each seed, in turns (see
+``benchmarks.peers``), and appends a line to ``benchmarks/results.jsonl``; runs that are there are not repeated. Scores
 are of the shipped inference on the grid of the input, over the cases that evaluation uses.
 """
 
@@ -36,7 +36,7 @@ from medsegdiff_monai.metrics import (
 )
 
 from .forward import parameters
-from .peers import CONFIGS, Peer, ours, train, unet
+from .peers import CONFIGS, Peer, Training, finish, ours, train_in_turns, unet
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results.jsonl"
@@ -54,6 +54,7 @@ SETS: dict[str, tuple[str, dict[str, Any]]] = {
     "TG3K_thyroid": ("generic_2d", {"in_channels": 1, "num_classes": 1, **SMALL}),
     "Hippocampus3D": ("hippocampus", {}),
 }
+WORST = 3  # cases that are named
 RATERS = {"disc": "raters_disc", "cup": "raters_cup"}  # maps of how many of four raters agree, in DRISHTI_roi
 
 
@@ -130,9 +131,9 @@ def segment(parser: ConfigParser, run: Callable[[Tensor], Tensor]) -> Iterator[C
 
 
 def evaluate(parser: ConfigParser, run: Callable[[Tensor], Tensor], with_raters: bool) -> dict[str, Any]:
-    """Segment and score all cases: means over cases for each class, and the median time."""
+    """Segment and score all cases: means over cases for each class, the worst cases, and the median time."""
     scores: dict[str, list[Any]] = {}
-    times = []
+    times, cases = [], []
     for case in segment(parser, run):
         mask, truth = case.masks
         spacing = case.output["label"].pixdim.tolist() if mask.ndim == 5 else None
@@ -148,8 +149,10 @@ def evaluate(parser: ConfigParser, run: Callable[[Tensor], Tensor], with_raters:
         for metric, values in found.items():
             scores.setdefault(metric, []).append(values)
         times.append(case.seconds)
+        cases.append((round(statistics.mean(found["dice"]), 3), case.item["case"], round(float(truth.mean()), 4)))
     means = {metric: _mean(values) for metric, values in scores.items()}
-    return {**means, "cases": len(times), "seconds_per_image": round(statistics.median(times), 4)}
+    failed = {"below_half": sum(dice < 0.5 for dice, *_ in cases), "worst": sorted(cases)[:WORST]}
+    return {**means, **failed, "cases": len(times), "seconds_per_image": round(statistics.median(times), 4)}
 
 
 def _mean(values: list[list[float]]) -> list[float]:
@@ -159,15 +162,21 @@ def _mean(values: list[list[float]]) -> list[float]:
     return [round(v, 5) for v in table.nanmean(0).tolist()]
 
 
-def trained(data: str, method: str, seed: int, options: argparse.Namespace) -> tuple[Peer, nn.Module, int]:
-    """Train a method, or read what an earlier run has trained; returns it, its module, and the iterations."""
+def prepared(data: str, method: str, seed: int, options: argparse.Namespace) -> tuple[Peer, Training, Path]:
+    """Return a method, its training, and the file of its weights."""
     build, ablation = METHODS[method]
     set_determinism(seed)
     parser = configure("train", data, options.data_root, seed, ablation)
     peer = build(parser)
     loader = parser.get_parsed_content("train#dataloader")
     weights = options.work_dir / f"{data} {method} {seed} {options.seconds:g}.pt"
-    return peer, *train(peer, loader, options.seconds, parser["learning_rate"], weights)
+    return peer, Training(peer, loader, options.seconds, parser["learning_rate"]), weights
+
+
+def trained(data: str, method: str, seed: int, options: argparse.Namespace) -> tuple[Peer, nn.Module, int]:
+    """Train a method, or read what an earlier run has trained; returns it, its module, and the iterations."""
+    peer, training, weights = prepared(data, method, seed, options)
+    return peer, *finish(training, weights)
 
 
 def run(data: str, method: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
@@ -208,6 +217,12 @@ def key(data: str, method: str, seed: int, seconds: float) -> dict[str, Any]:
     return {"data": data, "method": method, "seed": seed, "seconds": seconds}
 
 
+def is_known(results: Path, known: dict[str, Any]) -> bool:
+    """Whether the results file has a run."""
+    lines = results.read_text().splitlines() if results.is_file() else []
+    return any(json.loads(line).items() >= known.items() for line in lines)
+
+
 def append(results: Path, row: dict[str, Any]) -> None:
     """Add a line to the results file."""
     line = json.dumps(row)
@@ -232,12 +247,12 @@ def main() -> None:
     if options.shipped:
         append(options.results, shipped(options))
         return
-    for seed in options.seeds:  # all methods get a first figure before any gets a second
+    for seed in options.seeds:  # all sets get a first figure before any gets a second
         for data in options.data:
-            for method in options.methods:
-                lines = options.results.read_text().splitlines() if options.results.is_file() else []
-                if any(json.loads(x).items() >= key(data, method, seed, options.seconds).items() for x in lines):
-                    continue
+            todo = [m for m in options.methods if not is_known(options.results, key(data, m, seed, options.seconds))]
+            started = (prepared(data, method, seed, options)[1:] for method in todo)
+            train_in_turns({weights: training for training, weights in started if not weights.is_file()})
+            for method in todo:
                 append(options.results, run(data, method, seed, options))
 
 

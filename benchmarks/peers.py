@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain, repeat
 from pathlib import Path
@@ -29,12 +29,13 @@ from medsegdiff_monai.losses import DiffusionSegmentationLoss
 
 from .forward import parameters
 
-__all__ = ["CONFIGS", "PEERS", "Peer", "Training", "ours", "save", "train", "unet"]
+__all__ = ["CONFIGS", "PEERS", "Peer", "Training", "finish", "ours", "save", "train_in_turns", "unet"]
 
 CONFIGS = Path(__file__).parent.parent / "bundle" / "configs"
 
 MONAI_STEPS = 50
 PEER_STEPS = 250  # what the public code recommends
+TURN = 30.0  # seconds of training at a time, where several train in turns
 
 
 @dataclass
@@ -202,27 +203,38 @@ class Training:
         self.optimizer.load_state_dict(state["optimizer"])
 
 
-def train(peer: Peer, loader: Iterable, seconds: float, lr: float, weights: Path) -> tuple[nn.Module, int]:
-    """Train a peer for some seconds of CPU time; what an earlier run has written is read.
+def train_in_turns(trainings: Mapping[Path, Training]) -> None:
+    """Train several peers a little each, in turns, so that they share what else the machine does.
 
     Args:
-        peer: what to train.
-        loader: batches with ``image`` and ``label``.
-        seconds: CPU time of this process.
-        lr: first learning rate.
-        weights: file of the weights.
+        trainings: by the file of its weights. Beside it, ``.part`` keeps what an interrupted run goes on from.
+    """
+    parts = {file: file.with_suffix(".part") for file in trainings}
+    for file, training in trainings.items():
+        if parts[file].is_file():
+            training.load_state_dict(torch.load(parts[file], weights_only=True))
+    while unfinished := {file: t for file, t in trainings.items() if t.elapsed < t.seconds}:
+        mark = min(t.elapsed for t in unfinished.values()) + TURN
+        for file, training in unfinished.items():
+            training.until(min(mark, training.seconds))
+            save(training.state_dict(), parts[file])
+    for file, training in trainings.items():
+        average = training.average
+        save({"model": average.module.state_dict(), "iterations": int(average.n_averaged)}, file)
+        parts[file].unlink(missing_ok=True)
+
+
+def finish(training: Training, weights: Path) -> tuple[nn.Module, int]:
+    """Train to the end, or read what an earlier run has written.
 
     Returns:
         The module with its averaged weights, in evaluation mode, and the number of iterations.
     """
-    training = Training(peer, loader, seconds, lr)
-    average = training.average
     if not weights.is_file():
-        training.until(seconds)
-        save({"model": average.module.state_dict(), "iterations": int(average.n_averaged)}, weights)
+        train_in_turns({weights: training})
     trained = torch.load(weights, weights_only=True)
-    average.module.load_state_dict(trained["model"])
-    return average.module.eval(), trained["iterations"]
+    training.average.module.load_state_dict(trained["model"])
+    return training.average.module.eval(), trained["iterations"]
 
 
 def save(content: dict[str, Any], file: Path) -> None:

@@ -1,7 +1,7 @@
 """Write ``docs/results.md`` from the finished runs: ``python -m benchmarks.results``.
 
 The runs are the lines of ``benchmarks/results.jsonl`` (see ``benchmarks.accuracy``); what is said about them besides is
-in ``benchmarks/results_text.md``, whose ``{tables}`` they replace.
+in ``benchmarks/results_text.md``, whose ``{tables}`` and ``{failures}`` they replace.
 """
 
 from __future__ import annotations
@@ -46,6 +46,9 @@ def table(data: str, runs: list[dict[str, Any]]) -> list[str]:
     lines = [
         f"### {data}: {first['seconds']:g} s of training, {first['cases']} cases, field {first['field']}",
         "",
+        f"torch {' and '.join(versions('torch', runs))}, MONAI {' and '.join(versions('monai', runs))}; "
+        f"{' and '.join(versions('date', runs))}.",
+        "",
         *([f"Classes in this order: {', '.join(names)}.", ""] if names else []),
         "| " + " | ".join(head) + " |",
         "|" + " --- |" * len(head),
@@ -53,6 +56,23 @@ def table(data: str, runs: list[dict[str, Any]]) -> list[str]:
     order = [*METHODS, *sorted({run["method"] for run in runs} - METHODS.keys())]
     groups = ([run for run in runs if run["method"] == method] for method in order)
     return [*lines, *(row(group, scores) for group in groups if group), ""]
+
+
+def versions(name: str, runs: list[dict[str, Any]]) -> list[str]:
+    """The different values of what the runs were made with."""
+    return sorted({run[name] for run in runs})
+
+
+def failures(runs: list[dict[str, Any]]) -> str:
+    """How many cases of each run have a mean Dice below 0.5, and which are the worst; of runs that tell."""
+    lines = ["| data | method | training, s | seed | cases below 0.5 | worst: case, Dice (share of the image) |"]
+    lines.append("|" + " --- |" * 6)
+    told = sorted((run for run in runs if "worst" in run), key=lambda r: (list(SETS).index(r["data"]), r["seconds"]))
+    for run in told:
+        worst = "; ".join(f"{case}, {dice:.2f} ({100 * share:.1f} %)" for dice, case, share in run["worst"])
+        first = f"| {run['data']} | {run['method']} | {run['seconds']:g} | {run['seed']} "
+        lines.append(f"{first}| {run['below_half']} of {run['cases']} | {worst} |")
+    return "\n".join(lines)
 
 
 def tables(runs: list[dict[str, Any]]) -> str:
@@ -73,7 +93,8 @@ def main() -> None:
     runs = [json.loads(line) for line in options.results.read_text().splitlines()]
     text = (ROOT / "benchmarks" / "results_text.md").read_text(encoding="utf-8")
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(text.replace("{tables}", tables(runs)), encoding="utf-8")
+    page = text.replace("{tables}", tables(runs)).replace("{failures}", failures(runs))
+    options.output.write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":

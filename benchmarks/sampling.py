@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from medsegdiff_monai.schedulers import DDIMScheduler, DDPMScheduler, DPMSolverPlusPlusScheduler
 
 from .forward import parameters
-from .peers import CONFIGS, PEERS, Peer, ours, train
+from .peers import CONFIGS, PEERS, Peer, Training, finish, ours
 
 ROOT = Path(__file__).parent.parent
 SAMPLERS = {"DDIM": DDIMScheduler, "DPM-Solver++ 2M": DPMSolverPlusPlusScheduler, "DDPM": DDPMScheduler}
@@ -112,8 +112,8 @@ def fit(setting: Setting, name: str, build: Callable[[ConfigParser], Peer]) -> t
     parser = setting.parser("train")
     peer = build(parser)
     loader = parser.get_parsed_content("train#dataloader")
-    module, _ = train(peer, loader, setting.seconds, parser["learning_rate"], setting.work_dir / f"{name}.pt")
-    return peer, module
+    training = Training(peer, loader, setting.seconds, parser["learning_rate"])
+    return peer, finish(training, setting.work_dir / f"{name}.pt")[0]
 
 
 class Cases:

@@ -49,6 +49,7 @@ def test_accuracy_trains_each_method_once_and_scores_it(tmp_path, monkeypatch):
     monkeypatch.setattr(accuracy, "run", lambda *_: pytest.fail("a run that is in the results was repeated"))
     call(monkeypatch, accuracy, *arguments, "--data", "LGG_MRI")
 
+    assert all(len(row["worst"]) == min(accuracy.WORST, row["cases"]) for row in rows)
     pages = tmp_path / "results.md"
     call(monkeypatch, results, "--results", file, "--output", pages)
     page = pages.read_text(encoding="utf-8")
@@ -95,7 +96,8 @@ def test_sampling_writes_a_table_and_goes_on_from_finished_rows(tmp_path, monkey
         call(monkeypatch, sampling, *arguments, 0.3)
 
 
-def test_training_stops_at_its_cpu_time_and_reads_what_is_there(tmp_path):
+def tiny(seconds: float, loader: list | None = None) -> tuple[peers.Training, torch.Tensor]:
+    torch.manual_seed(0)
     net = torch.nn.Conv2d(1, 1, 1)
     peer = peers.Peer(net, lambda image, mask: (net(image) - mask).square().mean(), lambda m, x: m(x), 1)
     image = torch.ones(2, 1, 4, 4)
@@ -104,13 +106,45 @@ def test_training_stops_at_its_cpu_time_and_reads_what_is_there(tmp_path):
         def as_tensor(self):
             return torch.Tensor(self)
 
-    loader = [{"image": image.as_subclass(Batch), "label": (3 * image).as_subclass(Batch)}]
-    module, iterations = peers.train(peer, loader, 1.0, 0.1, tmp_path / "w.pt")
+    batch = {"image": image.as_subclass(Batch), "label": (3 * image).as_subclass(Batch)}
+    return peers.Training(peer, [batch] if loader is None else loader, seconds, 0.1), image
+
+
+def test_training_stops_at_its_cpu_time_and_reads_what_is_there(tmp_path):
+    training, image = tiny(1.0)
+    module, iterations = peers.finish(training, tmp_path / "w.pt")
     assert iterations > 10 and torch.allclose(module(image), 3 * image, atol=0.1)
-    again, same = peers.train(
-        peers.Peer(torch.nn.Conv2d(1, 1, 1), peer.loss, peer.segment, 1), [], 1.0, 0.1, tmp_path / "w.pt"
-    )
+    assert 1.0 <= training.elapsed < 1.5
+    again, same = peers.finish(tiny(1.0, [])[0], tmp_path / "w.pt")
     assert same == iterations and torch.equal(again.weight, module.weight)
+
+
+def test_training_in_turns_gives_each_its_time_and_goes_on_after_an_interruption(tmp_path, monkeypatch):
+    monkeypatch.setattr(peers, "TURN", 0.1)
+    order = []
+    until = peers.Training.until
+    monkeypatch.setattr(peers.Training, "until", lambda self, mark: (order.append(self), until(self, mark)))
+    one, other = tiny(0.5)[0], tiny(0.5)[0]
+    peers.train_in_turns({tmp_path / "one.pt": one, tmp_path / "other.pt": other})
+    assert order[:4] == [one, other, one, other] and min(one.elapsed, other.elapsed) >= 0.5
+
+    broken = tiny(0.5)[0]
+
+    def fail_at_third_turn(self, mark):
+        if len(order) == 2:
+            raise KeyboardInterrupt
+        order.append(self)
+        until(self, mark)
+
+    order.clear()
+    monkeypatch.setattr(peers.Training, "until", fail_at_third_turn)
+    with pytest.raises(KeyboardInterrupt):
+        peers.train_in_turns({tmp_path / "broken.pt": broken})
+    assert not (tmp_path / "broken.pt").exists()
+    resumed = tiny(0.5)[0]
+    monkeypatch.setattr(peers.Training, "until", until)
+    peers.train_in_turns({tmp_path / "broken.pt": resumed})
+    assert resumed.average.n_averaged > broken.average.n_averaged and not (tmp_path / "broken.part").exists()
 
 
 def test_training_compares_with_each_peer(tmp_path, monkeypatch):
