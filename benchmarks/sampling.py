@@ -1,7 +1,7 @@
 """Dice and cost of members × steps × sampler on one trained network, beside other methods on the same data.
 
-``python -m benchmarks.sampling --dataset_dir DIR`` trains ours and the peers (see ``benchmarks.peers``) for the same
-time, and writes ``sampling.md``, ``sampling.csv`` and ``sampling.png``. Weights and finished rows are kept in
+``python -m benchmarks.sampling --data_root DIR --data SET`` trains ours and the peers (see ``benchmarks.peers``) for
+the same time, in turns, and writes ``sampling_SET.md``, ``.csv`` and ``.png``. Weights and finished rows are kept in
 ``--work_dir``; a rerun goes on from them. A pass is one image × one member × one step.
 """
 
@@ -30,10 +30,10 @@ from torch import Tensor, nn
 
 from medsegdiff_monai.schedulers import DDIMScheduler, DDPMScheduler, DPMSolverPlusPlusScheduler
 
+from .accuracy import ROOT, SETS, configure
 from .forward import parameters
-from .peers import CONFIGS, PEERS, Peer, Training, finish, ours
+from .peers import PEERS, Peer, Training, finish, ours, train_in_turns
 
-ROOT = Path(__file__).parent.parent
 SAMPLERS = {"DDIM": DDIMScheduler, "DPM-Solver++ 2M": DPMSolverPlusPlusScheduler, "DDPM": DDPMScheduler}
 STEPS = (1, 2, 5, 10, 20, 50, 100)
 MEMBERS = (1, 5, 25)
@@ -43,37 +43,19 @@ ROUNDS = 5  # of timing
 
 @dataclass
 class Setting:
-    """Where things are and what the network was trained with."""
+    """Where things are and what the network is trained with."""
 
-    dataset_dir: str
-    overlay: str
-    roi_size: list[int]
-    channels: list[int]
+    data_root: Path
+    data: str
     seconds: float
     cases: int
     seed: int
     work_dir: Path
     output_dir: Path
 
-    def files(self, name: str) -> list[str]:
-        """Config and overlay."""
-        return [str(CONFIGS / f"{name}.json"), str(CONFIGS / "datasets" / f"{self.overlay}.json")]
-
     def parser(self, name: str) -> ConfigParser:
-        """Return a bundle config under the overlay."""
-        parser = ConfigParser()
-        parser.read_config(self.files(name))
-        parser.update(
-            {
-                "bundle_root": str(ROOT / "bundle"),
-                "dataset_dir": self.dataset_dir,
-                "roi_size": self.roi_size,
-                "channels": self.channels,
-                "device": "cpu",
-                "seed": self.seed,
-            }
-        )
-        return parser
+        """Return a bundle config under the settings of the data set."""
+        return configure(name, self.data, self.data_root, self.seed)
 
 
 class Rows:
@@ -99,21 +81,26 @@ class Rows:
 def check_work_dir(setting: Setting) -> None:
     """Refuse to go on with what a run of other settings has left."""
     file = setting.work_dir / "setting.json"
-    own = {k: v for k, v in asdict(setting).items() if k not in ("work_dir", "output_dir", "dataset_dir")}
+    own = {k: v for k, v in asdict(setting).items() if k not in ("work_dir", "output_dir", "data_root")}
     if file.is_file() and (there := json.loads(file.read_text())) != own:
         raise SystemExit(f"{file}: holds a run of other settings, {there}: give another --work_dir.")
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(own))
 
 
-def fit(setting: Setting, name: str, build: Callable[[ConfigParser], Peer]) -> tuple[Peer, nn.Module]:
-    """Train a method, or read what an earlier run has trained."""
-    set_determinism(setting.seed)
-    parser = setting.parser("train")
-    peer = build(parser)
-    loader = parser.get_parsed_content("train#dataloader")
-    training = Training(peer, loader, setting.seconds, parser["learning_rate"])
-    return peer, finish(training, setting.work_dir / f"{name}.pt")[0]
+def fit(setting: Setting, methods: dict[str, Callable[[ConfigParser], Peer]]) -> dict[str, tuple[Peer, nn.Module]]:
+    """Train methods in turns, or read what an earlier run has trained."""
+    started = {}
+    for name, build in methods.items():
+        set_determinism(setting.seed)
+        parser = setting.parser("train")
+        peer = build(parser)
+        training = Training(
+            peer, parser.get_parsed_content("train#dataloader"), setting.seconds, parser["learning_rate"]
+        )
+        started[name] = peer, training, setting.work_dir / f"{name}.pt"
+    train_in_turns({file: training for _, training, file in started.values() if not file.is_file()})
+    return {name: (peer, finish(training, file)[0]) for name, (peer, training, file) in started.items()}
 
 
 class Cases:
@@ -121,7 +108,6 @@ class Cases:
 
     def __init__(self, setting: Setting) -> None:
         parser = setting.parser("evaluate")
-        parser["eval_split"] = "test"
         dataset = parser.get_parsed_content("dataset")
         step = max(1, len(dataset) // setting.cases)
         self.items = [dataset[i] for i in range(0, len(dataset), step)][: setting.cases]
@@ -218,11 +204,15 @@ def measure(
         "members": members,
         "passes": steps * members,
         "amp": amp,
-        "dice": statistics.mean(dice),
-        "std": statistics.stdev(dice),
+        **summary(dice),
         "seconds": median_seconds(run, 1 if steps * members > 100 else ROUNDS),
         "memory_mb": memory,
     }
+
+
+def summary(dice: list[float]) -> dict[str, Any]:
+    """What a row keeps of the Dice of the cases."""
+    return {"dice": statistics.mean(dice), "std": statistics.stdev(dice), "of_cases": [round(d, 5) for d in dice]}
 
 
 def shipped(setting: Setting) -> tuple[str, int, int]:
@@ -232,10 +222,9 @@ def shipped(setting: Setting) -> tuple[str, int, int]:
     return next(n for n, c in SAMPLERS.items() if c.__name__ == target), parser["num_steps"], parser["num_members"]
 
 
-def peers(setting: Setting, rows: Rows, cases: Cases) -> Iterator[tuple[str, Any]]:
-    """Train the peers, score one sample of each, and yield what segments an image, to be timed."""
-    for name, build in PEERS.items():
-        peer, trained = fit(setting, name, build)
+def peers(trained_peers: dict[str, tuple[Peer, nn.Module]], rows: Rows, cases: Cases) -> Iterator[tuple[str, Any]]:
+    """Score one sample of each peer, and yield what segments an image, to be timed."""
+    for name, (peer, trained) in trained_peers.items():
         segment = torch.no_grad()(partial(peer.segment, trained))
         if not rows.has(method=name):
             dice = cases.dice(list(segment(cases.images)))
@@ -246,8 +235,7 @@ def peers(setting: Setting, rows: Rows, cases: Cases) -> Iterator[tuple[str, Any
                 steps=peer.passes,
                 members=1,
                 passes=peer.passes,
-                dice=statistics.mean(dice),
-                std=statistics.stdev(dice),
+                **summary(dice),
                 seconds=median_seconds(partial(segment, cases.images[:1]), 1),
             )
         yield name, segment
@@ -286,24 +274,42 @@ def ratios(setting: Setting, net: nn.Module, image: Tensor, segmenters: dict[str
     ]
 
 
+def against_default(setting: Setting, rows: Rows) -> list[str]:
+    """Say how far the default is below the best row and below the most passes; paired over the cases."""
+    ours = [row for row in rows.rows if row["method"] == "ours" and not row["amp"]]
+    sampler, steps, members = shipped(setting)
+    default = next(r for r in ours if (r["sampler"], r["steps"], r["members"]) == (sampler, steps, members))
+    most = [row for row in ours if (row["steps"], row["members"]) == (STEPS[-1], MEMBERS[-1])]
+    lines = [f"- Dice of our default ({sampler}, {members} members × {steps} steps): {default['dice']:.4f}."]
+    for what, row in [("the best row", max(ours, key=lambda r: r["dice"])), *(("most passes", row) for row in most)]:
+        apart = [a - b for a, b in zip(row["of_cases"], default["of_cases"])]
+        error = statistics.stdev(apart) / len(apart) ** 0.5
+        lines.append(
+            f"- {row['sampler']}, {row['members']} × {row['steps']} ({what}): {row['dice']:.4f}, "
+            f"{statistics.mean(apart):+.4f} ± {error:.4f} (standard error over the cases)."
+        )
+    return lines
+
+
 def write(setting: Setting, rows: Rows, lines: list[str]) -> None:
     """Write table and plot."""
     from matplotlib.figure import Figure
 
-    out = setting.output_dir
+    out, config = setting.output_dir, setting.parser("inference")
     out.mkdir(parents=True, exist_ok=True)
-    with (out / "sampling.csv").open("w", newline="") as file:
+    name = f"sampling_{setting.data}"
+    with (out / f"{name}.csv").open("w", newline="") as file:
         table = csv.DictWriter(file, [*COLUMNS, "amp"], restval="", extrasaction="ignore")
         table.writeheader()
         table.writerows(rows.rows)
     text = [
         "# Members, steps and samplers",
         "",
-        f"`python -m benchmarks.sampling --dataset_dir {Path(setting.dataset_dir).name} --seconds {setting.seconds:g} "
+        f"`python -m benchmarks.sampling --data_root DIR --data {setting.data} --seconds {setting.seconds:g} "
         f"--cases {setting.cases} --seed {setting.seed}`",
         "",
-        f"{setting.overlay} at {setting.roi_size}, channels {setting.channels}, {setting.cases} test cases, STAPLE, "
-        "Dice on the original grid; "
+        f"{setting.data} at {config['roi_size']}, channels {config['channels']}, {len(rows.rows[0]['of_cases'])} "
+        "cases, STAPLE, Dice on the original grid; "
         f"each method trained for {setting.seconds:g} seconds of CPU time; seed {setting.seed}; "
         f"{torch.get_num_threads()} threads of {platform.machine()}, torch {torch.__version__}. One run: the standard "
         "deviation is over cases.",
@@ -319,7 +325,7 @@ def write(setting: Setting, rows: Rows, lines: list[str]) -> None:
         text.append(
             "| " + " | ".join("" if c is None else f"{c:.3f}" if isinstance(c, float) else str(c) for c in cells) + " |"
         )
-    (out / "sampling.md").write_text("\n".join(text) + "\n")
+    (out / f"{name}.md").write_text("\n".join(text) + "\n")
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axis = figure.subplots()
@@ -334,29 +340,29 @@ def write(setting: Setting, rows: Rows, lines: list[str]) -> None:
             axis.plot(row["passes"], row["dice"], marker="*", markersize=12, linestyle="", label=row["method"])
     axis.set(xscale="log", xlabel="network passes per image", ylabel="Dice")
     axis.legend(fontsize=7, ncols=2)
-    figure.savefig(out / "sampling.png", dpi=120)
+    figure.savefig(out / f"{name}.png", dpi=120)
 
 
 def main() -> None:
     """Train, measure and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset_dir", required=True)
-    parser.add_argument("--overlay", default="lgg_mri", help="name of a data set overlay in 2D with fit: resize")
-    parser.add_argument("--roi_size", type=json.loads, default=[64, 64])
-    parser.add_argument("--channels", type=json.loads, default=[16, 32, 64, 96])
+    parser.add_argument("--data_root", type=Path, required=True, help="folder of the data sets")
+    parser.add_argument("--data", choices=[name for name in SETS if name != "Hippocampus3D"], default="LGG_MRI")
     parser.add_argument("--seconds", type=float, default=300, help="CPU time of each training")
-    parser.add_argument("--cases", type=int, default=44, help="of the test set")
+    parser.add_argument("--cases", type=int, default=44, help="of the test set, at most")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work_dir", type=Path, default=ROOT / "benchmarks" / "work" / "sampling")
     parser.add_argument("--output_dir", type=Path, default=ROOT / "benchmarks" / "results")
     setting = Setting(**vars(parser.parse_args()))
+    setting.work_dir /= setting.data
     torch.set_num_threads(1)
     check_work_dir(setting)
     rows = Rows(setting.work_dir / "rows.jsonl")
-    cases, (_, net) = Cases(setting), fit(setting, "ours", ours)
+    fitted = fit(setting, {"ours": ours, **PEERS})
+    cases, (_, net) = Cases(setting), fitted.pop("ours")
     grid(setting, rows, net, cases)
-    segmenters = dict(peers(setting, rows, cases))
-    write(setting, rows, ratios(setting, net, cases.images[:1], segmenters))
+    segmenters = dict(peers(fitted, rows, cases))
+    write(setting, rows, [*against_default(setting, rows), *ratios(setting, net, cases.images[:1], segmenters)])
 
 
 if __name__ == "__main__":

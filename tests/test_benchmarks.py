@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import accuracy, figures, peers, results, sampling, training
+from benchmarks import accuracy, convergence, figures, peers, results, sampling, training
 
 from .conftest import make_nifti_dataset, make_png_dataset, write_json
 
@@ -64,7 +64,7 @@ def test_accuracy_trains_each_method_once_and_scores_it(tmp_path, monkeypatch):
 
 
 def test_sampling_writes_a_table_and_goes_on_from_finished_rows(tmp_path, monkeypatch):
-    (data := tmp_path / "data").mkdir()
+    (data := tmp_path / "LGG_MRI").mkdir()
     make_png_dataset(data, cases=6)
     lists = json.loads((data / "dataset.json").read_text())
     write_json(data, training=lists["training"][:4], test=lists["training"][4:] + lists["test"])
@@ -78,22 +78,55 @@ def test_sampling_writes_a_table_and_goes_on_from_finished_rows(tmp_path, monkey
     monkeypatch.setattr(sampling, "ROUNDS", 1)
     if not has_peer:
         monkeypatch.setattr(sampling, "ratios", lambda *_: [])
-    arguments = ["--dataset_dir", data, "--roi_size", "[16, 16]", "--channels", "[16, 32]", "--cases", 2]
+    small = {"roi_size": [16, 16], "channels": [16, 32]}
+    monkeypatch.setattr(accuracy, "SETS", {"LGG_MRI": ("lgg_mri", small)})
+    arguments = ["--data_root", tmp_path, "--data", "LGG_MRI", "--cases", 2]
     arguments += ["--work_dir", tmp_path / "work", "--output_dir", tmp_path / "out", "--seconds"]
     call(monkeypatch, sampling, *arguments, 0.2)
-    with (tmp_path / "out" / "sampling.csv").open() as file:
+    with (tmp_path / "out" / "sampling_LGG_MRI.csv").open() as file:
         rows = list(csv.DictReader(file))
     ours = {(r["sampler"], r["steps"], r["members"]) for r in rows if r["method"] == "ours" and r["amp"] == "False"}
     assert ours == {(s, str(n), str(m)) for s in sampling.SAMPLERS for n in (1, 2) for m in (1, 5)}
     assert {r["method"] for r in rows} == {"ours", *some}
-    assert (tmp_path / "out" / "sampling.png").stat().st_size and "Dice" in (
-        tmp_path / "out" / "sampling.md"
-    ).read_text()
+    assert (tmp_path / "out" / "sampling_LGG_MRI.png").stat().st_size
+    page = (tmp_path / "out" / "sampling_LGG_MRI.md").read_text(encoding="utf-8")
+    dice = {(r["sampler"], r["steps"], r["members"]): float(r["dice"]) for r in rows if r["amp"] == "False"}
+    default, best = dice["DPM-Solver++ 2M", "2", "5"], max(dice.values())
+    assert f"(DPM-Solver++ 2M, 5 members × 2 steps): {default:.4f}" in page
+    assert f"(the best row): {best:.4f}, {best - default:+.4f} ±" in page
 
     monkeypatch.setattr(sampling, "measure", lambda *_, **__: pytest.fail("a finished row was measured again"))
     call(monkeypatch, sampling, *arguments, 0.2)
     with pytest.raises(SystemExit, match="other settings"):
         call(monkeypatch, sampling, *arguments, 0.3)
+
+
+def test_convergence_goes_on_from_its_last_mark(tmp_path, monkeypatch):
+    (tmp_path / "LGG_MRI").mkdir()
+    make_png_dataset(tmp_path / "LGG_MRI", cases=6)
+    monkeypatch.setattr(accuracy, "SETS", {"LGG_MRI": ("lgg_mri", {"roi_size": [16, 16], "channels": [8, 8]})})
+    monkeypatch.setattr(convergence, "MARKS", (0.1, 0.2))
+    file, out = tmp_path / "results.jsonl", tmp_path / "out"
+    arguments = ["--data_root", tmp_path, "--work_dir", tmp_path / "work", "--results", file, "--output_dir", out]
+    seconds = ["--default_seconds", 0.2, "--paper_seconds", 0.2]
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as interrupted:
+        interrupted.setattr(convergence, "append", stop)
+        with pytest.raises(KeyboardInterrupt):
+            call(monkeypatch, convergence, *arguments, *seconds)
+    assert not file.exists()
+    trained = {f: f.read_bytes() for f in (tmp_path / "work").iterdir()}
+    call(monkeypatch, convergence, *arguments, *seconds)
+    assert len(trained) == 1 and all(f.read_bytes() == content for f, content in trained.items())
+    scored = {row["method"]: row["passes"] for row in map(json.loads, file.read_text().splitlines())}
+    assert scored == {"+ FF-Parser": 10, "paper's objective": 2500}
+    with (out / "convergence.csv").open() as table:
+        rows = [(r["objective"], r["seconds"]) for r in csv.DictReader(table)]
+    assert rows == [(name, mark) for name in ("paper", "default") for mark in ("0.1", "0.2")]
+    assert (out / "convergence.png").read_bytes().startswith(b"\x89PNG")
 
 
 def tiny(seconds: float, loader: list | None = None) -> tuple[peers.Training, torch.Tensor]:
