@@ -1,10 +1,13 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# MONAI Label pins packages that would break the others, so it has an environment of its own.
+LABEL_VENV := .venv-label
+LABEL_PYTHON := $(LABEL_VENV)/bin/python
 # torch reads sources of its own in the locale's encoding, which may be ASCII.
 export PYTHONUTF8 = 1
 
-.PHONY: demo test lint
+.PHONY: demo test lint label test-label
 
 # Installed once: again only when the dependencies change.
 $(VENV)/.installed: setup.cfg constraints.txt
@@ -12,6 +15,16 @@ $(VENV)/.installed: setup.cfg constraints.txt
 	$(BIN)/python -m pip install --upgrade pip
 	$(BIN)/python -m pip install --constraint constraints.txt torch
 	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[demo,dev]'
+	touch $@
+
+$(LABEL_VENV)/.installed: setup.cfg constraints.txt $(wildcard examples/label/requirements*.txt) examples/label/sitecustomize.py
+	$(PYTHON) -m venv $(LABEL_VENV)
+	$(LABEL_PYTHON) -m pip install --upgrade pip
+	$(LABEL_PYTHON) -m pip install --constraint constraints.txt torch
+	$(LABEL_PYTHON) -m pip install --constraint constraints.txt --editable '.[demo]' pytest \
+		--requirement examples/label/requirements.txt
+	$(LABEL_PYTHON) -m pip install --no-deps --requirement examples/label/requirements-no-deps.txt
+	cp examples/label/sitecustomize.py "$$($(LABEL_PYTHON) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
 	touch $@
 
 demo: $(VENV)/.installed
@@ -24,3 +37,10 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Options of examples/label/__main__.py, such as make label ARGS='--studies DIR --port 8001'
+label: $(LABEL_VENV)/.installed
+	$(LABEL_PYTHON) -m examples.label $(ARGS)
+
+test-label: $(LABEL_VENV)/.installed
+	$(LABEL_PYTHON) -m pytest tests/label

@@ -1,37 +1,42 @@
 """Start MONAI Label with the bundle: ``make label``.
 
-``python -m examples.label [--studies DIR] [--work DIR] [--app active_learning|monaibundle] [--port N]``
+``python -m examples.label [--studies DIR] [--work DIR] [--app active_learning|monaibundle] [--bundle DIR] [--port N]``
 """
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import os
 from pathlib import Path
 
 import fire
 
-from .server import server_command
+from medsegdiff_monai.errors import show_input_errors_plainly
+
+from .server import server_command, server_environment
 from .studies import write_demo_studies
 
 
-def main(studies: str = "", work: str = "label_output", app: str = "active_learning", port: int = 8000) -> None:
+def main(
+    studies: str = "", work: str = "label_output", app: str = "active_learning", bundle: str = "", port: int = 8000
+) -> None:
     """Serve the bundle on loopback until interrupted.
 
     Args:
         studies: folder of NIfTI or NRRD volumes, or a DICOMweb address; by default demo studies are made.
-        work: folder for the app with its copy of the bundle, and for the demo studies.
+        work: folder for the app with its copy of the bundle, for the demo studies, and for series fetched by DICOMweb.
         app: ``active_learning``, or MONAI Label's own ``monaibundle``, which knows no ranking by uncertainty.
+        bundle: folder of the bundle to serve; by default the one of this repository.
         port: port to listen on.
     """
-    folder = Path(work)
+    folder = Path(str(work))
+    command = server_command(folder, studies or folder / "studies", app, port, bundle)
     if not studies:
-        studies = str(write_demo_studies(folder / "studies"))
-        print(f"Demo studies: {studies} (crops of the MNI152 template; README.txt there says more)")
-    command = server_command(folder, studies, app, port)
+        write_demo_studies(folder / "studies")
+        print(f"Demo studies: {folder / 'studies'} (crops of the MNI152 template; README.txt there says more)")
     print(f"MONAI Label: http://127.0.0.1:{port} (end it with Ctrl+C)", flush=True)
-    sys.exit(subprocess.run(command).returncode)
+    os.execve(command[0], command, server_environment(folder))  # so that a signal reaches the server itself
 
 
 if __name__ == "__main__":
+    show_input_errors_plainly()
     fire.Fire(main)

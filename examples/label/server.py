@@ -1,10 +1,13 @@
-"""A MONAI Label app folder with a copy of the bundle, and the command that serves it."""
+"""A MONAI Label app folder with a copy of the bundle, and how it is served."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from pathlib import Path
+
+from medsegdiff_monai.errors import InputError
 
 ROOT = Path(__file__).parents[2]
 MODEL = "medsegdiff"
@@ -12,7 +15,9 @@ STOCK_APPS = Path(sys.prefix) / "monailabel" / "sample-apps"
 OWN_APPS = Path(__file__).parent
 
 
-def server_command(work: str | Path, studies: str | Path, app: str = "active_learning", port: int = 8000) -> list[str]:
+def server_command(
+    work: str | Path, studies: str | Path, app: str = "active_learning", port: int = 8000, bundle: str | Path = ""
+) -> list[str]:
     """Copy an app and the bundle to ``work``, as MONAI Label expects them, and return the command that serves them.
 
     A bundle that is there already is kept, with the weights that were trained in it.
@@ -22,17 +27,41 @@ def server_command(work: str | Path, studies: str | Path, app: str = "active_lea
         studies: folder of studies, or a DICOMweb address.
         app: ``active_learning`` (beside this file) or ``monaibundle`` (MONAI Label's own, unmodified).
         port: port to listen on, on loopback.
+        bundle: folder of the bundle; by default the one of this repository.
+
+    Raises:
+        InputError: where there is no such app or bundle.
     """
-    source = OWN_APPS / app if (OWN_APPS / app).is_dir() else STOCK_APPS / app
+    origin = Path(str(bundle)) if bundle else ROOT / "bundle"
+    if not (origin / "configs" / "metadata.json").is_file():
+        raise InputError(f"bundle {origin}: has no configs/metadata.json: give the folder of a MONAI bundle.")
+    source = next((apps / app for apps in (OWN_APPS, STOCK_APPS) if (apps / app / "main.py").is_file()), None)
+    if source is None:
+        raise InputError(f"app {app!r}: there is none of this name: use active_learning or monaibundle.")
     target = Path(work).resolve() / app
     shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__", "logs", "model"), dirs_exist_ok=True)
-    bundle = target / "model" / MODEL
-    if not bundle.exists():
+    served = target / "model" / MODEL
+    if not served.exists():
         outputs = shutil.ignore_patterns("train", "eval", "inference", "checkpoint_epoch=*.pt")
-        shutil.copytree(ROOT / "bundle", bundle, ignore=outputs)
+        shutil.copytree(origin, served, ignore=outputs)
     command = [sys.executable, "-m", "monailabel.main", "start_server", "--app", str(target), "--studies", str(studies)]
     command += ["--host", "127.0.0.1", "--port", str(port)]
     # the model is here already: with another source the app would ask the internet for its list of models
     for key, value in (("models", MODEL), ("zoo_source", "local"), ("sam2", "false")):
         command += ["--conf", key, value]
     return command
+
+
+def server_environment(work: str | Path) -> dict[str, str]:
+    """This process's environment, with what suits the bundle where MONAI Label's settings are not given.
+
+    Args:
+        work: folder to keep series from DICOMweb in, rather than in the home folder.
+    """
+    settings = {
+        "MONAI_LABEL_DICOMWEB_SEARCH_FILTER": '{"Modality": "MR"}',  # its default is CT
+        "MONAI_LABEL_DICOMWEB_CACHE_PATH": str(Path(work).resolve() / "dicom"),
+    }
+    # dcmqi is installed beside Python; where MONAI Label does not find it, it downloads it
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    return {**settings, **os.environ, "PATH": path}

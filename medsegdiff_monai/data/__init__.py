@@ -2,7 +2,7 @@
 
 from .caching import cached_dataset
 from .checks import DataSpec, check_items
-from .datalist import CaseList, evaluation_items, inference_items, training_splits
+from .datalist import CaseList, TrainingSplits, evaluation_items, inference_items, training_splits
 from .sampling import EvaluationShare, TrainingShare, training_sampler
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "DataSpec",
     "EvaluationShare",
     "TrainingShare",
+    "TrainingSplits",
     "cached_dataset",
     "check_items",
     "evaluation_items",

@@ -7,6 +7,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from .reading import IMAGE_SUFFIXES, files_below, read_json
 
 __all__ = [
     "CaseList",
+    "TrainingSplits",
     "case_names",
     "evaluation_items",
     "hold_out",
@@ -180,6 +182,30 @@ def training_splits(dataset_dir: str, spec: DataSpec, seed: int = 0) -> dict[str
         )
     refuse(check_items(training + validation, spec, labelled=True), str(folder / "dataset.json"))
     return {"training": _named(training), "validation": _named(validation)}
+
+
+class TrainingSplits:
+    """The lists of :func:`training_splits`, read and checked when one of them is first asked for.
+
+    Who replaces both lists, as MONAI Label does, needs no ``dataset_dir``, even where the whole config is resolved: 3D
+    Slicer asks for that by naming no part of it to run.
+
+    Args:
+        dataset_dir: folder that holds ``dataset.json``.
+        spec: what the config variables say of the data.
+        seed: seed of the split.
+    """
+
+    def __init__(self, dataset_dir: str, spec: DataSpec, seed: int = 0) -> None:
+        self._read = cache(partial(training_splits, dataset_dir, spec, seed))
+
+    def __getitem__(self, split: str) -> list[dict[str, Any]]:
+        """The list ``training`` or ``validation``.
+
+        Raises:
+            InputError: as :func:`training_splits`.
+        """
+        return self._read()[split]
 
 
 def _split(lists: Mapping[str, list], order: Sequence[str], chosen: str | None, variable: str, file: Path) -> list:

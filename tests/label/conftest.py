@@ -6,6 +6,7 @@ import json
 import os
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +16,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from ..conftest import ROOT
+
 requests = pytest.importorskip("requests")
 
 QUICK = {"num_members": 1, "num_steps": 1, "result_extension": ".nii.gz"}
@@ -22,24 +25,24 @@ START_SECONDS, TASK_SECONDS = 300, 900
 
 
 class Server:
-    """A server with an app of its own in ``folder``; the studies are in ``folder/studies``."""
+    """A server, started as ``make label`` does, with an app of its own in ``folder``."""
 
-    def __init__(self, folder: Path, app: str) -> None:
-        from examples.label.server import MODEL, server_command
-
-        self.model = MODEL
-        self.weights = folder / app / "model" / MODEL / "models" / "model.pt"
-        self.studies = folder / "studies"
+    def __init__(self, folder: Path, app: str, studies: str = "", **settings: str) -> None:
+        self.model = "medsegdiff"
+        self.folder = folder
+        self.bundle = folder / app / "model" / self.model
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
         self.log = folder / "server.log"
         env = {**os.environ, "MONAI_LABEL_SESSION_PATH": str(folder / "sessions"), "CUDA_VISIBLE_DEVICES": ""}
+        env["PYTHONPATH"] = str(ROOT)
         env["MONAI_LABEL_AUTO_UPDATE_SCORING"] = "false"  # else it scores whenever it has nothing else to do
+        command = [sys.executable, "-m", "examples.label", "--work", str(folder), "--app", app, "--port", str(port)]
+        command += ["--studies", studies or str(folder / "studies")]
         with self.log.open("w") as log:
-            command = server_command(folder, self.studies, app, port)
-            self.process = subprocess.Popen(command, cwd=folder, env=env, stdout=log, stderr=subprocess.STDOUT)
+            self.process = subprocess.Popen(command, cwd=folder, env={**env, **settings}, stdout=log, stderr=log)
         self.wait(self.is_up, START_SECONDS)
 
     def is_up(self) -> bool:
@@ -58,6 +61,20 @@ class Server:
     def stop(self) -> None:
         self.process.terminate()
         self.process.wait(60)
+
+    def info(self) -> dict[str, Any]:
+        return requests.get(f"{self.url}/info/").json()
+
+    def options(self, section: str) -> dict[str, Any]:
+        """What 3D Slicer sends for ``models`` or ``trainers``: all of its table of options, of a choice the first."""
+        config = self.info()[section][self.model]["config"]
+        return {key: value[0] if isinstance(value, list) else value for key, value in config.items()}
+
+    def client(self) -> Any:
+        """The client in MONAI Label, which 3D Slicer's module uses."""
+        from monailabel.client import MONAILabelClient
+
+        return MONAILabelClient(self.url, tmpdir=str(self.folder), client_id="reader")
 
     def post(self, model: str = "", params: Any = None, **query: Any) -> requests.Response:
         files = {"file": (query["file"].name, query.pop("file").read_bytes())} if "file" in query else None

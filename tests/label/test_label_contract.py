@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
 from monai.bundle import ConfigParser, run
+
+from examples.label.server import server_command, server_environment
+from medsegdiff_monai.errors import InputError
 
 from ..conftest import CONFIGS, ROOT, TINY, VOLUME_SETTINGS
 
@@ -27,6 +33,39 @@ def test_every_key_that_it_reads_or_overrides_is_there():
         assert train[key]
     assert train["validate#dataset#data"] and train["run"]
     assert (CONFIGS.parent / "models" / "model.pt").is_file()  # without one it ignores a bundle
+
+
+def test_server_is_given_a_copy_of_the_bundle_and_keeps_its_weights(tmp_path):
+    def command(**options):
+        return server_command(tmp_path, "studies", port=8123, **options)
+
+    def option(name, arguments):
+        return arguments[arguments.index(name) + 1]
+
+    arguments = command()
+    app = Path(option("--app", arguments))
+    assert (option("--host", arguments), option("--port", arguments)) == ("127.0.0.1", "8123")
+    weights = app / "model" / "medsegdiff" / "models" / "model.pt"
+    assert weights.read_bytes() == (ROOT / "bundle" / "models" / "model.pt").read_bytes()
+    weights.write_bytes(b"trained")
+    assert command() == arguments and weights.read_bytes() == b"trained"
+
+    other = tmp_path / "other"
+    (other / "configs").mkdir(parents=True)
+    (other / "configs" / "metadata.json").write_text('{"name": "other"}')
+    shutil.rmtree(app / "model")
+    command(bundle=other)
+    assert json.loads((app / "model" / "medsegdiff" / "configs" / "metadata.json").read_text()) == {"name": "other"}
+    for wrong, key in (({"app": "radiolgy"}, "radiolgy"), ({"bundle": tmp_path}, str(tmp_path))):
+        with pytest.raises(InputError, match=re.escape(key)):
+            command(**wrong)
+
+
+def test_settings_of_the_server_give_way_to_the_environment(tmp_path, monkeypatch):
+    name = "MONAI_LABEL_DICOMWEB_SEARCH_FILTER"
+    assert json.loads(server_environment(tmp_path)[name]) == {"Modality": "MR"}
+    monkeypatch.setenv(name, "{}")
+    assert server_environment(tmp_path)[name] == "{}"
 
 
 def test_declared_labels_are_the_values_of_the_mask():
@@ -60,9 +99,12 @@ def test_preprocessing_leaves_the_other_keys_of_a_request_alone(tmp_path):
     assert done["image_path"] == path and done["image"].shape == (1, 9, 15, 7)
 
 
-@pytest.mark.parametrize("held_out", [1, 0])
-def test_training_on_a_list_from_elsewhere(held_out, volumes, tmp_path):
-    """It replaces both lists and the epochs, puts a loader before the handlers, and knows no dataset_dir."""
+@pytest.mark.parametrize(("held_out", "run_id"), [(1, "run"), (0, "")])
+def test_training_on_a_list_from_elsewhere(held_out, run_id, volumes, tmp_path):
+    """It replaces both lists and the epochs, puts a loader before the handlers, and knows no dataset_dir.
+
+    Asked by 3D Slicer, it gives no ``run_id``: then MONAI resolves all of the config.
+    """
     items = [
         {k: str(volumes / v) for k, v in i.items()}
         for i in json.loads((volumes / "dataset.json").read_text())["training"]
@@ -79,7 +121,7 @@ def test_training_on_a_list_from_elsewhere(held_out, volumes, tmp_path):
                 0, {"_target_": "CheckpointLoader", "load_path": weights, "load_dict": load, "strict": False}
             )
         run(
-            run_id="run",
+            run_id=run_id,
             config_file=str(CONFIGS / "train.json"),
             **settings,
             **{

@@ -19,6 +19,7 @@ from ..conftest import CONFIGS, ROOT
 from .conftest import TASK_SECONDS, Server, requests, voxels
 
 pytest.importorskip("monailabel", reason="MONAI Label has an environment of its own: make test-label")
+from .dicom import write_series
 
 SHARED = ROOT.parent / "shared" / "data" / "Hippocampus3D"
 
@@ -40,7 +41,7 @@ def plain(stock, study, tmp_path_factory):
 
 
 def test_info_lists_the_model(stock, plain):
-    info = requests.get(f"{stock.url}/info/").json()
+    info = stock.info()
     model = info["models"]["medsegdiff"]
     assert model["dimension"] == 3 and model["type"] == "segmentation"
     assert model["labels"] == {"anterior": 1, "posterior": 2}
@@ -49,6 +50,13 @@ def test_info_lists_the_model(stock, plain):
         "num_members": 5, "num_steps": 2, "fusion": "staple"
     }  # fmt: skip
     assert "medsegdiff" in info["trainers"]
+
+
+def test_only_this_machine_is_listened_to(stock):
+    import psutil
+
+    connections = psutil.Process(stock.process.pid).net_connections()
+    assert {c.laddr.ip for c in connections if c.status == psutil.CONN_LISTEN} == {"127.0.0.1"}
 
 
 def test_options_take_effect(stock):
@@ -106,34 +114,6 @@ def test_any_size(shape, stock, tmp_path):
     assert stock.infer(file=save(image, tmp_path / "image.nii.gz")).shape == shape
 
 
-def write_series(image: nib.Nifti1Image, folder: Path) -> Path:
-    """Write a volume as a DICOM MR series, one file for each slice."""
-    import pydicom
-    from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage, generate_uid
-
-    folder.mkdir()
-    lps = np.diag([-1, -1, 1, 1]) @ image.affine
-    spacing = np.linalg.norm(lps[:3, :3], axis=0)
-    series, study = generate_uid(), generate_uid()
-    for k in range(image.shape[2]):
-        ds = pydicom.Dataset()
-        ds.SOPClassUID, ds.SOPInstanceUID = MRImageStorage, generate_uid()
-        ds.SeriesInstanceUID, ds.StudyInstanceUID, ds.FrameOfReferenceUID = series, study, study
-        ds.Modality, ds.PatientID, ds.PatientName, ds.InstanceNumber = "MR", "mni152", "MNI152", k + 1
-        ds.ImageOrientationPatient = [*(lps[:3, 0] / spacing[0]), *(lps[:3, 1] / spacing[1])]
-        ds.ImagePositionPatient = list(lps[:3, 3] + k * lps[:3, 2])
-        ds.PixelSpacing, ds.SliceThickness = [spacing[1], spacing[0]], spacing[2]
-        ds.Rows, ds.Columns = image.shape[1], image.shape[0]
-        ds.SamplesPerPixel, ds.PhotometricInterpretation = 1, "MONOCHROME2"
-        ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.PixelRepresentation = 16, 16, 15, 1
-        ds.PixelData = voxels(image)[:, :, k].T.astype("<i2").tobytes()
-        ds.file_meta = pydicom.dataset.FileMetaDataset()
-        ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-        ds.is_little_endian, ds.is_implicit_VR = True, False
-        ds.save_as(folder / f"{k:03d}.dcm", write_like_original=False)
-    return folder
-
-
 def test_dicom_series_as_a_folder_and_as_a_zip(stock, study, plain, tmp_path):
     """The folder where the server can see it; the zip as a session. Both are on the grid of the series."""
     series = write_series(study, tmp_path / "series")
@@ -185,27 +165,27 @@ def test_hippocampus_of_a_real_case(stock):
 
 
 def test_training_uses_the_labels_and_the_next_mask_uses_the_weights(stock, tmp_path):
-    """Taught that what was anterior is posterior and the reverse, it moves that way."""
+    """Taught that what was anterior is posterior and the reverse, it moves that way, from where it stood."""
+    client, weights = stock.client(), stock.bundle / "models" / "model.pt"
     for i in range(3):
         mask = stock.infer(image=f"study_{i}")
         swapped = nib.Nifti1Image((-voxels(mask).astype(np.int16) % 3).astype(np.uint8), mask.affine)
-        label = {"label": ("label.nii.gz", save(swapped, tmp_path / f"label_{i}.nii.gz").read_bytes())}
-        query = {"image": f"study_{i}", "tag": "final"}
-        assert requests.put(f"{stock.url}/datastore/label", params=query, files=label).ok
+        client.save_label(f"study_{i}", str(save(swapped, tmp_path / f"label_{i}.nii.gz")), params={})
     before = voxels(stock.infer(image="study_3"))
-    weights = hashlib.sha256(stock.weights.read_bytes()).hexdigest()
-    task = {"max_epochs": 6, "val_split": 0.34, "device": "cpu"}
-    assert requests.post(f"{stock.url}/train/medsegdiff", json=task).ok
-
-    def status():
-        return requests.get(f"{stock.url}/train/").json()
-
-    stock.wait(lambda: status()["status"] not in ("SUBMITTED", "RUNNING"), TASK_SECONDS)
-    assert status()["status"] == "DONE", status()["details"]
-    assert hashlib.sha256(stock.weights.read_bytes()).hexdigest() != weights
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    client.train_start("medsegdiff", {**stock.options("trainers"), "max_epochs": 6, "val_split": 0.34})
+    stock.wait(lambda: client.train_status()["status"] not in ("SUBMITTED", "RUNNING"), TASK_SECONDS)
+    assert client.train_status()["status"] == "DONE", stock.log.read_text()[-3000:]
+    assert hashlib.sha256(weights.read_bytes()).hexdigest() != digest
     after = voxels(stock.infer(image="study_3"))
+    print(
+        "FG",
+        dice(before > 0, after > 0, True),
+        [dice(np.where(before == old, new, 0), after, new) for old, new in ((1, 2), (2, 1))],
+    )
     for old, new in ((1, 2), (2, 1)):
         assert dice(np.where(before == old, new, 0), after, new) > dice(np.where(before == old, new, 0), before, new)
+    assert dice(before > 0, after > 0, True) > 0.7  # and has not forgotten where the hippocampus is
 
 
 def test_studies_are_ranked_by_disagreement(study, tmp_path):
@@ -226,7 +206,7 @@ def test_studies_are_ranked_by_disagreement(study, tmp_path):
 
     server = Server(tmp_path, "active_learning")
     try:
-        info = requests.get(f"{server.url}/info/").json()
+        info = server.info()
         assert set(info["strategies"]) == {"random", "first", "disagreement"} and set(info["scoring"]) == {
             "disagreement"
         }

@@ -1,0 +1,78 @@
+"""What 3D Slicer and OHIF send, as their sources in MONAI Label's package have it: ``make test-label``."""
+
+from __future__ import annotations
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from .conftest import Server, requests, voxels
+
+pytest.importorskip("monailabel", reason="MONAI Label has an environment of its own: make test-label")
+import SimpleITK as sitk
+
+from .dicom import Archive, dicomweb, write_series
+
+
+def test_slicer_gets_a_sample_segments_it_and_submits_it(stock):
+    """Its client, its file format, and its way to read it: the same mask as NIfTI, on the grid of the sample."""
+    client, options = stock.client(), stock.options("models")
+    sample = client.next_sample("first", {})
+    file, result = client.infer(
+        stock.model, sample["id"], {**options, "result_extension": ".nrrd", "result_dtype": "uint8"}
+    )
+    assert result["label_names"] == {"anterior": 1, "posterior": 2}
+    mask, image = sitk.ReadImage(file), sitk.ReadImage(sample["path"])
+    for geometry in ("GetSize", "GetSpacing", "GetOrigin", "GetDirection"):
+        np.testing.assert_allclose(getattr(mask, geometry)(), getattr(image, geometry)(), atol=1e-3)
+    nifti = stock.infer(options, image=sample["id"])
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(mask).T, voxels(nifti))
+
+    label = stock.folder / "submitted.nii.gz"
+    nib.save(nifti, label)
+    client.save_label(sample["id"], str(label), params={"label_info": [{"name": "anterior", "idx": 1}]})
+    assert client.next_sample("first", {}).get("id") != sample["id"]
+    saved = requests.get(f"{stock.url}/datastore/label", params={"label": sample["id"], "tag": "final"}).content
+    assert saved == label.read_bytes()
+
+
+@pytest.fixture(scope="module")
+def ohif(study, tmp_path_factory):
+    """A server whose studies are one MR series in a DICOMweb archive; with the archive."""
+    folder = tmp_path_factory.mktemp("ohif")
+    files = write_series(study, folder / "series").iterdir()
+    archive = Archive([file.read_bytes() for file in files])
+    with dicomweb(archive) as address:
+        server = Server(folder, "active_learning", studies=address)
+        yield server, archive
+        server.stop()
+
+
+def test_ohif_is_served_and_reaches_the_archive(ohif):
+    server, archive = ohif
+    page = requests.get(f"{server.url}/ohif/")
+    assert page.ok and "<html" in page.text
+    found = requests.get(f"{server.url}/proxy/dicom/qido/studies", params={"Modality": "MR"}).json()
+    assert [study["0020000E"]["Value"] for study in found] == [[archive.series()[0].SeriesInstanceUID]]
+
+
+def test_ohif_gets_a_series_segments_it_and_submits_it(ohif, study, tmp_path):
+    server, archive = ohif
+    series = str(archive.series()[0].SeriesInstanceUID)
+    sample = requests.post(f"{server.url}/activelearning/disagreement", json={}).json()
+    assert sample["id"] == series
+    params = {**server.options("models"), "restore_label_idx": False, "result_compress": False}
+    params |= {"result_extension": ".nrrd", "result_dtype": "uint8"}
+    answer = server.post(params=params, image=series)
+    assert answer.ok, server.log.read_text()[-3000:]
+    (tmp_path / "mask.nrrd").write_bytes(answer.content)
+    mask = sitk.GetArrayFromImage(sitk.ReadImage(tmp_path / "mask.nrrd"))
+    nib.save(study, tmp_path / "study.nii.gz")
+    expected = voxels(server.infer(server.options("models"), file=tmp_path / "study.nii.gz"))
+    np.testing.assert_array_equal(mask, expected.T)
+
+    label = {"label": ("label.bin", mask.astype(np.uint8).tobytes())}
+    answer = requests.put(f"{server.url}/datastore/label", params={"image": series}, data={"params": "{}"}, files=label)
+    assert answer.ok, server.log.read_text()[-3000:]
+    (stored,) = archive.series(Modality="SEG")
+    assert stored.ReferencedSeriesSequence[0].SeriesInstanceUID == series and len(stored.SegmentSequence) == 2
