@@ -7,6 +7,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -167,6 +169,26 @@ def test_large_weights_are_left_to_a_download(root, tmp_path, monkeypatch):
     digest = hashlib.sha256(WEIGHTS).hexdigest()
     url = "https://example.org/model.pt?a=1"
     assert entry == {"path": "models/model.pt", "url": url, "hash_val": digest, "hash_type": "sha256"}
+
+
+@pytest.mark.parametrize(
+    ("start", "path", "expected"),
+    [("bundle", ["installed"], "bundle"), ("elsewhere", ["bundle", "installed"], "bundle"),
+     ("elsewhere", ["installed"], "installed")],
+)  # fmt: skip
+def test_own_code_runs_where_another_is_installed(root, tmp_path, start, path, expected):
+    """Within the folder, or with it on the path, as its README says; the installed one is later on Python's path."""
+    folder, _ = package_bundle(str(tmp_path / "dist"), str(root))
+    places = {"bundle": folder, "installed": tmp_path / "installed", "elsewhere": tmp_path / "elsewhere"}
+    shutil.copytree(ROOT / "medsegdiff_monai", places["installed"] / "medsegdiff_monai")
+    places["elsewhere"].mkdir()
+    told = subprocess.run(
+        [sys.executable, "-m", "monai.bundle", "run", "told", "--config_file", folder / "configs" / "inference.json",
+         "--bundle_root", folder, "--told", "$print('from', medsegdiff_monai.__file__)"],
+        cwd=places[start], env={**os.environ, "PYTHONPATH": os.pathsep.join(str(places[name]) for name in path)},
+        check=True, capture_output=True, encoding="utf-8",
+    ).stdout  # fmt: skip
+    assert f"from {places[expected] / 'medsegdiff_monai' / '__init__.py'}" in told
 
 
 @pytest.mark.parametrize("foreign", ["models/checkpoint_epoch=3.pt", "notes.txt", ""])
