@@ -14,12 +14,13 @@ def segment(
 ) -> None:
     """Segment single images through the bundle's ``inference.json``; finished ones are skipped.
 
+    Other flags set config variables, such as ``--overwrite true --num_members 9 --checkpoint FILE``.
+
     Args:
         *images: files (NIfTI, NRRD, MHA, PNG, JPEG, BMP) or folders that hold a DICOM series.
         output_dir: folder to write to.
         bundle_root: the bundle's folder; found in the working directory where it is not given.
         config_file: config, or list of configs, in place of ``configs/inference.json``.
-        **override: config variables, such as ``--overwrite true --num_members 9 --checkpoint FILE``.
     """
     from monai.bundle import run
 
@@ -41,12 +42,13 @@ def segment(
 def prepare(kind: str, source: str, output: str, **options: Any) -> None:
     """Turn a raw download into a data set in Decathlon layout; run again, it goes on where it stopped.
 
+    Other flags are ``--seed``, ``--workers``, and those of the kind, such as ``--crop_disc true`` (refuge) or
+    ``--slices 2D --regions whole`` (brats).
+
     Args:
         kind: ``refuge``, ``brats``, ``ddti``, ``decathlon`` or ``folder`` (images/ and labels/ matched by name).
         source: folder of the download; it is never altered.
         output: folder to write to.
-        **options: ``--seed``, ``--workers``, and those of the kind, such as ``--crop_disc true`` (refuge) or
-            ``--slices 2D --regions whole`` (brats).
     """
     from .data.prepare import prepare
 
@@ -71,13 +73,16 @@ def export(
 ) -> None:
     """Write the whole segmenter as one file that needs nothing of this package: image in, probabilities out.
 
-    The sampler, its noise and its members are inside; members are fused by their mean.
+    The sampler, its noise and its members are inside; members are fused by their mean. Images are preprocessed as
+    ``configs/inference.json`` says. Other flags set config variables, such as ``--num_members 9 --num_steps 2
+    --checkpoint FILE``.
 
     Args:
-        output: file to write: ``.ts`` (TorchScript, images of any size) or ``.onnx`` (images of ``roi_size``).
+        output: file to write: ``.ts`` or ``.pt`` (TorchScript, images of any size), or ``.onnx`` (any batch, images of
+            the config's ``roi_size``, rounded up to what the network's strides divide).
         bundle_root: the bundle's folder; found in the working directory where it is not given.
-        config_file: config, or list of configs, in place of ``configs/inference.json``.
-        **override: config variables, such as ``--num_members 9 --num_steps 2 --checkpoint FILE``.
+        config_file: config, or list of configs, in place of ``configs/inference.json``; with the overlay that the
+            weights were trained with, if any.
     """
     from .export import export_segmenter
     from .settings import find_bundle_root
@@ -91,11 +96,14 @@ def package(
 ) -> None:
     """Write the bundle as the model zoo takes it: self-contained, as a folder and a zip.
 
+    It holds the configs, the weights in ``models/model.pt``, the measured scores and this package's code, and runs
+    where the package is not installed.
+
     Args:
-        output: folder to write both to.
+        output: folder to write both to; an earlier package there is replaced.
         bundle_root: the bundle's folder; found in the working directory where it is not given.
         results: file of measured results; ``benchmarks/results.jsonl`` beside the bundle where it is not given.
-        weights_url: where weights above 25 MB are downloaded from.
+        weights_url: address to download the weights from, where they are above 25 MB, the zoo's limit for a file.
     """
     from .package import package_bundle
     from .settings import find_bundle_root

@@ -15,13 +15,13 @@ from monai.data.utils import compute_importance_map
 from torch import Tensor, nn
 
 from .errors import InputError
-from .files import write_atomically
+from .files import write_atomically, writing
 from .handlers.weights import load_checkpoint, load_weights
 from .inferers import DiffusionEnsembleInferer
 from .networks.blocks import Stage
 from .schedulers import DiffusionScheduler
 
-__all__ = ["LinearStep", "Segmenter", "export_segmenter", "linear_steps", "stage_names"]
+__all__ = ["LinearStep", "Segmenter", "export_segmenter", "linear_steps", "read_segmenter", "stage_names"]
 
 
 class LinearStep(NamedTuple):
@@ -208,6 +208,35 @@ def _onnx(segmenter: Segmenter) -> bytes:
 _FORMATS = {".ts": _torchscript, ".pt": _torchscript, ".onnx": _onnx}
 
 
+def read_segmenter(config_file: str | Sequence[str], **override: Any) -> tuple[nn.Module, DiffusionEnsembleInferer]:
+    """Read what a config describes: the network, with its weights, and the inferer.
+
+    Args:
+        config_file: config, or list of configs, with ``network_def``, ``inferer`` and ``checkpoint``.
+        **override: config variables.
+
+    Raises:
+        InputError: for a config that is not there, variables that it does not have, or weights that do not fit.
+    """
+    files = [config_file] if isinstance(config_file, str) else list(config_file)
+    for file in files:
+        if not Path(file).is_file():
+            raise InputError(
+                f"{file}: no such config: give --config_file FILE, or --bundle_root DIR with configs/ in it."
+            )
+    parser = ConfigParser()
+    parser.read_config(files)
+    for name in override:
+        if name.replace("::", "#").split("#")[0] not in parser.get():
+            raise InputError(f"{name}: is no variable of {', '.join(files)}: see there what they are called.")
+    parser.update(override)
+    network = parser.get_parsed_content("network_def")
+    checkpoint = parser.get_parsed_content("checkpoint")
+    content = load_checkpoint(checkpoint)
+    load_weights(checkpoint, network, content.get("model", content))
+    return network, parser.get_parsed_content("inferer")
+
+
 def export_segmenter(output: str, config_file: str | Sequence[str], **override: Any) -> None:
     """Write the segmenter that a config describes, with its weights, as TorchScript or ONNX.
 
@@ -217,19 +246,15 @@ def export_segmenter(output: str, config_file: str | Sequence[str], **override: 
         **override: config variables.
 
     Raises:
-        InputError: for another kind of file, a sampler that draws noise, or weights that do not fit.
+        InputError: for another kind of file, a sampler that draws noise, weights that do not fit, or a place that
+            cannot be written to.
     """
     write = _FORMATS.get(Path(output).suffix)
     if write is None:
         raise InputError(f"output: {output} must end in one of {', '.join(_FORMATS)}.")
-    parser = ConfigParser()
-    parser.read_config(config_file)
-    parser.update(override)
-    network = parser.get_parsed_content("network_def")
-    checkpoint = parser.get_parsed_content("checkpoint")
-    content = load_checkpoint(checkpoint)
-    load_weights(checkpoint, network, content.get("model", content))
-    write_atomically(output, write(Segmenter(network, parser.get_parsed_content("inferer"))))
+    content = write(Segmenter(*read_segmenter(config_file, **override)))
+    with writing(output):
+        write_atomically(output, content)
 
 
 def stage_names(network: nn.Module) -> list[str]:

@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["replacing", "write_atomically"]
+from .errors import InputError
+
+__all__ = ["replacing", "write_atomically", "writing"]
 
 
 @contextmanager
@@ -27,3 +29,18 @@ def write_atomically(path: str | Path, content: bytes) -> None:
     """Write a file so that a reader never sees half of it."""
     with replacing(path) as temporary:
         temporary.write_bytes(content)
+
+
+@contextmanager
+def writing(output: str | Path) -> Iterator[None]:
+    """Say plainly where an output that the user has named cannot be written.
+
+    Raises:
+        InputError: in place of an ``OSError``.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"{output}: cannot be written ({error}): make room for it, or choose another --output."
+        ) from error

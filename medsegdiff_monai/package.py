@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from .errors import InputError
-from .files import write_atomically
+from .export import read_segmenter
+from .files import replacing, write_atomically, writing
 
 __all__ = ["NAME", "package_bundle"]
 
@@ -121,8 +122,10 @@ def _contents(root: Path, results: Path, weights_url: str | None) -> dict[str, b
     """All files of the package by their path inside it.
 
     Raises:
-        InputError: for whatever is missing.
+        InputError: for whatever is missing, and for weights that the packaged configs could not load.
     """
+    if not (root / "configs" / "metadata.json").is_file():
+        raise InputError(f"bundle_root: {root} is no bundle: give --bundle_root DIR, the folder that holds configs/.")
     weights = root / WEIGHTS
     if not weights.is_file():
         raise InputError(f"{weights}: no weights to package: train first.")
@@ -132,12 +135,13 @@ def _contents(root: Path, results: Path, weights_url: str | None) -> dict[str, b
     readme = (root / "docs" / "README.md").read_text(encoding="utf-8")
     if MEASURED not in readme:
         raise InputError(f"{root / 'docs' / 'README.md'}: lacks the line {MEASURED}, where the scores go: restore it.")
+    read_segmenter(str(root / "configs" / "inference.json"), bundle_root=str(root))  # the weights are some, and fit
 
     code = Path(__file__).parent
     sources = [(path, path.relative_to(code.parent)) for path in code.rglob("*.py")]
     for part in ("LICENSE", "configs", "docs"):
         found = [root / part] if (root / part).is_file() else (root / part).rglob("*")
-        sources += [(path, path.relative_to(root)) for path in found if path.is_file()]
+        sources += [(path, path.relative_to(root)) for path in found if path.is_file() and path.name[0] != "."]
     files = {inside.as_posix(): path.read_bytes() for path, inside in sources}
     files |= {name: _json(_read_json(root / name)) for name in files if name.endswith(".json")}
     files["configs/metadata.json"] = _json(metadata)
@@ -207,13 +211,15 @@ def package_bundle(
         The folder and the zip.
 
     Raises:
-        InputError: for whatever is missing, and for a folder that would be lost.
+        InputError: for whatever is missing or does not fit, for a folder that would be lost, and for a place that
+            cannot be written to.
     """
     root = Path(bundle_root)
     measured = Path(results) if results else root.resolve().parent / "benchmarks" / "results.jsonl"
     files = _contents(root, measured, weights_url)
     version = json.loads(files["configs/metadata.json"])["version"]
     folder, archive = Path(output) / NAME, Path(output) / f"{NAME}_v{version}.zip"
-    _write_folder(folder, files)
-    write_atomically(archive, _zip(files))
+    with writing(output), replacing(archive) as temporary:  # a disk that is full leaves both as they were
+        temporary.write_bytes(_zip(files))
+        _write_folder(folder, files)
     return folder, archive

@@ -17,6 +17,7 @@ from monai.networks.schedulers import DDIMScheduler as MonaiDDIMScheduler
 from medsegdiff_monai.__main__ import export
 from medsegdiff_monai.errors import InputError
 from medsegdiff_monai.export import Segmenter, linear_steps
+from medsegdiff_monai.fusion import MemberSummary
 from medsegdiff_monai.inferers import DiffusionEnsembleInferer
 from medsegdiff_monai.networks import MedSegDiffUNet
 from medsegdiff_monai.schedulers import DDIMScheduler, DDPMScheduler, DPMSolverPlusPlusScheduler
@@ -182,7 +183,8 @@ def test_command_writes_files_that_run_without_this_package(case, tmp_path):
     image = torch.randn(3, net.in_channels, *inferer.roi_size)
     np.save(tmp_path / "image.npy", image.numpy())
     subprocess.run([sys.executable, "-I", "-c", RUN_ALONE, str(tmp_path)], check=True)
-    expected = inferer(inputs=image, network=net).unflatten(1, (MEMBERS, net.out_channels)).mean(1).numpy()
+    members = inferer(inputs=image, network=net).unflatten(1, (MEMBERS, net.out_channels))
+    expected = torch.stack([MemberSummary(case).fuse("mean") for case in members]).numpy()
     np.testing.assert_allclose(np.load(tmp_path / "script.npy"), expected, atol=1e-3)
     np.testing.assert_allclose(np.load(tmp_path / "onnx.npy"), expected, atol=1e-3)
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
@@ -195,7 +197,21 @@ def test_command_says_what_is_wrong(tmp_path):
         export(str(tmp_path / "model.txt"), bundle_root=str(ROOT / "bundle"))
     with pytest.raises(InputError, match=r"nowhere\.pt: no such checkpoint"):
         export(str(tmp_path / "model.ts"), bundle_root=str(ROOT / "bundle"), checkpoint="nowhere.pt", **CASES["2D"])
+    with pytest.raises(InputError, match=r"num_membrs: is no variable of .*inference\.json"):
+        export(str(tmp_path / "model.ts"), bundle_root=str(ROOT / "bundle"), num_membrs=9)
+    with pytest.raises(InputError, match=r"inference\.json: no such config: give --config_file FILE"):
+        export(str(tmp_path / "model.ts"), bundle_root=str(tmp_path))
     assert not list(tmp_path.iterdir())
+    write_weights(tmp_path / "model.pt", CASES["2D"])
+    (tmp_path / "model.ts").mkdir()
+    with pytest.raises(InputError, match=r"model\.ts: cannot be written \(.*choose another --output"):
+        export(
+            str(tmp_path / "model.ts"),
+            bundle_root=str(ROOT / "bundle"),
+            checkpoint=str(tmp_path / "model.pt"),
+            **CASES["2D"],
+        )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.pt", "model.ts"]
 
 
 @torch.no_grad()

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from monai.bundle import run
 from monai.fl.client import MonaiAlgo, MonaiAlgoStats
 from monai.fl.utils.constants import ExtraItems, FlStatistics, ModelType
 from monai.fl.utils.exchange_object import ExchangeObject
 from PIL import Image
 
-from .conftest import CONFIGS
+from medsegdiff_monai.handlers.weights import load_checkpoint
+
+from .conftest import CONFIGS, ROOT
 
 SIZE = 24
 SETTINGS = {
@@ -37,7 +43,7 @@ def _quiet():
 def write_discs(folder: Path, kinds: tuple[str, ...], training: int, validation: int, seed: int = 0) -> Path:
     """Discs that are brighter than what is around them, or as bright and striped."""
     rng = np.random.default_rng(seed)
-    folder.mkdir()
+    folder.mkdir(parents=True)
     rows, columns = np.indices((SIZE, SIZE))
     items = []
     for i in range(training + validation):
@@ -103,6 +109,32 @@ def test_average_of_two_clients_beats_each_of_them_alone_on_what_both_have(tmp_p
         shared = {name: sum(weights[name] for weights in sent) / len(sent) for name in shared}
         own = [train(client, weights) for client, weights in zip(alone, own)]
     assert dice(judge, shared) > max(dice(judge, weights) for weights in own)
+
+
+@pytest.mark.slow
+def test_example_in_the_simulator_of_nvidia_flare(tmp_path):
+    """Sites score what they receive, and what the server averages serves as a checkpoint."""
+    pytest.importorskip("nvflare")
+    for seed, kind in enumerate(("bright", "striped")):
+        write_discs(tmp_path / "sites" / kind, (kind,), 16, 4, seed)
+    overlay = tmp_path / "overlay.json"
+    overlay.write_text(json.dumps(SETTINGS))
+    command = ["--data", tmp_path / "sites", "--work", tmp_path / "work", "--overlay", overlay, "--rounds", "2"]
+    done = subprocess.run(
+        [sys.executable, ROOT / "examples" / "federated" / "job.py", *command, "--local_epochs", "1"],
+        check=True, capture_output=True, encoding="utf-8",
+    )  # fmt: skip
+    scored = re.findall(r"(\w+): Dice of the weights received", done.stdout + done.stderr)
+    assert sorted(scored) == ["bright", "bright", "striped", "striped"]
+    server = tmp_path / "work" / "medsegdiff" / "server" / "simulate_job" / "app_server"
+    sent = [load_checkpoint(server / f"{name}FL_global_model.pt")["model"] for name in ("", "best_")]
+    assert any((sent[0][name] != sent[1][name]).any() for name in sent[0])  # the last round was after the best one
+    run(
+        config_file=[str(CONFIGS / "evaluate.json"), str(overlay)], bundle_root=str(CONFIGS.parent),
+        checkpoint=str(server / "FL_global_model.pt"), dataset_dir=str(tmp_path / "sites" / "bright"),
+        output_dir=str(tmp_path / "out"),
+    )  # fmt: skip
+    assert len((tmp_path / "out" / "cases.csv").read_text().splitlines()) == 5
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,13 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 from monai.bundle import verify_metadata
 
 from medsegdiff_monai import __version__, package
@@ -21,6 +24,7 @@ from medsegdiff_monai.package import NAME, package_bundle
 from .conftest import ROOT
 
 SCHEMA = str(ROOT / "tests" / "data" / "meta_schema_20240725.json")
+WEIGHTS = (ROOT / "bundle" / "models" / "model.pt").read_bytes()
 OTHERS = [
     {"data": "Hippocampus3D", "method": "baseline", "dice": 0.1},
     {"data": "LGG_MRI", "method": "shipped", "dice": 0.2},
@@ -34,14 +38,14 @@ RECORD = {
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """The real bundle with other weights, and with what training and evaluation leave in it."""
+    """The real bundle, and what training, evaluation and editors leave in it."""
     bundle = tmp_path / "project" / "bundle"
     for part in ("configs", "docs"):
         shutil.copytree(ROOT / "bundle" / part, bundle / part)
     shutil.copy(ROOT / "bundle" / "LICENSE", bundle)
-    for name in ("models/model.pt", "models/checkpoint_epoch=1.pt", "train/history.csv", "eval/cases.csv"):
+    for name in ("models/model.pt", "models/checkpoint_epoch=1.pt", "train/history.csv", "configs/.train.json.swp"):
         (bundle / name).parent.mkdir(exist_ok=True)
-        (bundle / name).write_bytes(b"weights")
+        (bundle / name).write_bytes(WEIGHTS if name == "models/model.pt" else b"left")
     write_results(bundle, *OTHERS, RECORD)
     return bundle
 
@@ -63,7 +67,7 @@ def test_holds_the_bundle_and_this_code_and_nothing_else(root, tmp_path, capsys)
     assert (folder, archive) == (tmp_path / "dist" / NAME, tmp_path / "dist" / f"{NAME}_v{__version__}.zip")
     files = contents(folder)
     code = {p.relative_to(ROOT).as_posix() for p in (ROOT / "medsegdiff_monai").rglob("*.py")}
-    own = {f"{part}/{name}" for part in ("configs", "docs") for name in contents(root / part)}
+    own = {f"{part}/{name}" for part in ("configs", "docs") for name in contents(root / part) if ".swp" not in name}
     assert set(files) == code | own | {"LICENSE", "models/model.pt"}
     for name in code | own - {"configs/metadata.json", "docs/README.md"}:
         source = (ROOT / name if name in code else root / name).read_bytes()
@@ -102,7 +106,7 @@ def test_scores_are_those_measured(root, tmp_path):
     assert (
         "| dice anterior | 0.900 |" in readme and "One run (seed: 0, seconds of training: 3500.0, cases: 40)." in readme
     )
-    assert hashlib.sha256(b"weights").hexdigest() in readme
+    assert hashlib.sha256(WEIGHTS).hexdigest() in readme
 
 
 def test_scores_may_be_few_or_of_another_form(root, tmp_path):
@@ -131,6 +135,16 @@ def test_readme_follows_the_template_of_the_zoo():
         (lambda root: (root.parent / "benchmarks" / "results.jsonl").unlink(), r"results\.jsonl: no results: measure"),
         (lambda root: (root.parent / "benchmarks" / "results.jsonl").write_text("{"), r"cannot be read as JSON"),
         (lambda root: (root / "models" / "model.pt").unlink(), r"model\.pt: no weights to package"),
+        (lambda root: (root / "models" / "model.pt").write_bytes(WEIGHTS[:-9]), r"model\.pt: is truncated"),
+        (
+            lambda root: torch.save({"a": torch.zeros(1)}, root / "models" / "model.pt"),
+            r"model\.pt: weights of another",
+        ),
+        (lambda root: (root / "configs" / "metadata.json").unlink(), r"is no bundle: give --bundle_root DIR"),
+        (
+            lambda root: (root.parents[1] / "dist").write_text(""),
+            r"dist: cannot be written \(.*choose another --output",
+        ),
         (lambda root: (root / "docs" / "README.md").write_text("# Title"), r"README\.md: lacks the line <!-- measured"),
         (
             lambda root: (root / "configs" / "metadata.json").write_text('{"version": "9"}'),
@@ -142,7 +156,7 @@ def test_what_is_missing_is_named_before_anything_is_written(root, tmp_path, spo
     spoil(root)
     with pytest.raises(InputError, match=message):
         package_bundle(str(tmp_path / "dist"), str(root))
-    assert not (tmp_path / "dist").exists()
+    assert not (tmp_path / "dist").is_dir()
 
 
 def test_large_weights_are_left_to_a_download(root, tmp_path, monkeypatch):
@@ -152,9 +166,29 @@ def test_large_weights_are_left_to_a_download(root, tmp_path, monkeypatch):
     folder, _ = package_bundle(str(tmp_path / "dist"), str(root), weights_url="https://example.org/model.pt?a=1")
     assert not (folder / "models").exists()
     (entry,) = json.loads((folder / "large_files.yml").read_text())["large_files"]  # JSON is YAML
-    digest = hashlib.sha256(b"weights").hexdigest()
+    digest = hashlib.sha256(WEIGHTS).hexdigest()
     url = "https://example.org/model.pt?a=1"
     assert entry == {"path": "models/model.pt", "url": url, "hash_val": digest, "hash_type": "sha256"}
+
+
+@pytest.mark.parametrize(
+    ("start", "path", "expected"),
+    [("bundle", ["installed"], "bundle"), ("elsewhere", ["bundle", "installed"], "bundle"),
+     ("elsewhere", ["installed"], "installed")],
+)  # fmt: skip
+def test_own_code_runs_where_another_is_installed(root, tmp_path, start, path, expected):
+    """Within the folder, or with it on the path, as its README says; the installed one is later on Python's path."""
+    folder, _ = package_bundle(str(tmp_path / "dist"), str(root))
+    places = {"bundle": folder, "installed": tmp_path / "installed", "elsewhere": tmp_path / "elsewhere"}
+    shutil.copytree(ROOT / "medsegdiff_monai", places["installed"] / "medsegdiff_monai")
+    places["elsewhere"].mkdir()
+    told = subprocess.run(
+        [sys.executable, "-m", "monai.bundle", "run", "told", "--config_file", folder / "configs" / "inference.json",
+         "--bundle_root", folder, "--told", "$print('from', medsegdiff_monai.__file__)"],
+        cwd=places[start], env={**os.environ, "PYTHONPATH": os.pathsep.join(str(places[name]) for name in path)},
+        check=True, capture_output=True, encoding="utf-8",
+    ).stdout  # fmt: skip
+    assert f"from {places[expected] / 'medsegdiff_monai' / '__init__.py'}" in told
 
 
 @pytest.mark.parametrize("foreign", ["models/checkpoint_epoch=3.pt", "notes.txt", ""])
@@ -178,7 +212,7 @@ def test_a_failure_leaves_the_earlier_package(root, tmp_path, monkeypatch):
         Path(path).write_bytes(content)
 
     monkeypatch.setattr(package, "write_atomically", fail)
-    (root / "models" / "model.pt").write_bytes(b"other")
-    with pytest.raises(OSError, match="disk full"):
+    (root / "LICENSE").write_text("other")
+    with pytest.raises(InputError, match=r"dist: cannot be written \(disk full\)"):
         package_bundle(str(tmp_path / "dist"), str(root))
     assert contents(tmp_path / "dist") == before

@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from monai.bundle import ConfigParser, load
+from monai.bundle import ConfigParser, ckpt_export, load, onnx_export
 from monai.fl.client import MonaiAlgo
 from monai.fl.utils.constants import ExtraItems, ModelType
 
-from medsegdiff_monai.__main__ import segment
+from medsegdiff_monai.__main__ import export, segment
+from medsegdiff_monai.errors import InputError
+from medsegdiff_monai.package import package_bundle
 
 from .conftest import CONFIGS, PICTURE_SETTINGS, ROOT, TINY
 
@@ -164,6 +166,33 @@ def test_code_in_weights_is_not_sent_to_a_federation(malicious, pictures, tmp_pa
     malicious(tmp_path / "bundle" / "models" / "model.pt")
     with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
         client.get_weights({ExtraItems.MODEL_TYPE: ModelType.BEST_MODEL})
+
+
+@pytest.mark.parametrize("name", ["model.ts", "model.onnx"])
+def test_code_is_not_exported(name, malicious, tmp_path):
+    with pytest.raises(InputError, match=REFUSED):
+        weights = str(malicious(tmp_path / "model.pt"))
+        export(str(tmp_path / name), bundle_root=str(ROOT / "bundle"), checkpoint=weights)
+    assert not (tmp_path / name).exists()
+
+
+@pytest.mark.parametrize("converter", [ckpt_export, onnx_export])
+def test_code_is_not_exported_by_monai(converter, malicious, tmp_path):
+    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+        converter(
+            net_id="network_def", filepath=str(tmp_path / "out"), ckpt_file=str(malicious(tmp_path / "model.pt")),
+            meta_file=str(CONFIGS / "metadata.json"), config_file=str(CONFIGS / "inference.json"),
+            bundle_root=str(ROOT / "bundle"), channels=[8, 8],
+        )  # fmt: skip
+    assert not (tmp_path / "out").exists()
+
+
+def test_code_is_not_packaged(malicious, tmp_path):
+    shutil.copytree(CONFIGS.parent, tmp_path / "bundle", ignore=shutil.ignore_patterns("*.pt"))
+    malicious(tmp_path / "bundle" / "models" / "model.pt")
+    with pytest.raises(InputError, match=REFUSED):
+        package_bundle(str(tmp_path / "dist"), str(tmp_path / "bundle"), str(ROOT / "benchmarks" / "results.jsonl"))
+    assert not (tmp_path / "dist").exists()
 
 
 def test_nothing_in_the_package_unpickles_freely():

@@ -42,7 +42,7 @@ def main() -> None:
         key_metric="val_mean_dice",
     )
     run = recipe.execute(SimEnv(clients=sites, workspace_root=str(args.work.resolve())))
-    print(f"Status: {run.get_status()}\nResults: {run.get_result()}")
+    print(f"Results: {run.get_result(clean_up=False)}")  # else FLARE deletes those of its PocEnv
 
 
 if __name__ == "__main__":

@@ -40,11 +40,11 @@ class TensorBoardLog:
         if self._open:
             return
         self._open = True
-        SummaryWriter, installed = optional_import("torch.utils.tensorboard", name="SummaryWriter")
+        writer_class, installed = optional_import("torch.utils.tensorboard", name="SummaryWriter")
         if not installed:
             logger.info("No TensorBoard log: it is not installed (pip install 'medsegdiff-monai[tracking]').")
             return
-        writer = SummaryWriter(log_dir=str(self.log_dir))
+        writer = writer_class(log_dir=str(self.log_dir))
         loss = from_engine("loss", first=True)
         TensorBoardStatsHandler(writer, tag_name="train_loss", epoch_log=False, output_transform=loss).attach(engine)
         TensorBoardStatsHandler(writer, iteration_log=False).attach(self.validator)
