@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import hashlib
 import json
 import statistics
 import time
@@ -193,9 +194,11 @@ def shipped(options: argparse.Namespace) -> dict[str, Any]:
     """Evaluate the weights of the bundle, on the cases they were chosen by."""
     config = configure("evaluate", "Hippocampus3D", options.data_root, 0)
     network, inferer = (config.get_parsed_content(name) for name in ("network_def", "inferer"))
-    network.load_state_dict(torch.load(ROOT / "bundle" / "models" / "model.pt", weights_only=True))
+    weights = ROOT / "bundle" / "models" / "model.pt"
+    network.load_state_dict(torch.load(weights, weights_only=True))
     scores = evaluate(config, partial(inferer, network=network.eval()), False)
     known = key("Hippocampus3D", "shipped", 0, options.shipped)
+    known["sha256"] = hashlib.sha256(weights.read_bytes()).hexdigest()
     return {**known, **describe(config, network, inferer.num_members * inferer.num_steps), **scores}
 
 

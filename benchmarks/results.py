@@ -1,7 +1,7 @@
 """Write ``docs/results.md`` from the finished runs: ``python -m benchmarks.results``.
 
 The runs are the lines of ``benchmarks/results.jsonl`` (see ``benchmarks.accuracy``); what is said about them besides is
-in ``benchmarks/results_text.md``, whose ``{tables}``, ``{paper}`` and ``{failures}`` they replace.
+in ``benchmarks/results_text.md``, whose ``{tables}``, ``{paper}``, ``{failures}`` and ``{sha256}`` they replace.
 """
 
 from __future__ import annotations
@@ -86,6 +86,11 @@ def versions(name: str, runs: list[dict[str, Any]]) -> list[str]:
     return sorted({run[name] for run in runs})
 
 
+def digest(runs: list[dict[str, Any]]) -> str:
+    """sha256 of the weights that were measured last."""
+    return next((run["sha256"] for run in reversed(runs) if "sha256" in run), "")
+
+
 def failures(runs: list[dict[str, Any]]) -> str:
     """How many cases of each run have a mean Dice below 0.5, and which are the worst; of runs that tell."""
     lines = ["| data | method | training, s | seed | cases below 0.5 | worst: case, Dice (share of the image) |"]
@@ -116,7 +121,7 @@ def main() -> None:
     runs = [json.loads(line) for line in options.results.read_text().splitlines()]
     text = (ROOT / "benchmarks" / "results_text.md").read_text(encoding="utf-8")
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    for name, part in {"tables": tables, "paper": beside_paper, "failures": failures}.items():
+    for name, part in {"tables": tables, "paper": beside_paper, "failures": failures, "sha256": digest}.items():
         text = text.replace(f"{{{name}}}", part(runs))
     options.output.write_text(text, encoding="utf-8")
 

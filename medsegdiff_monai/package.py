@@ -122,7 +122,8 @@ def _contents(root: Path, results: Path, weights_url: str | None) -> dict[str, b
     """All files of the package by their path inside it.
 
     Raises:
-        InputError: for whatever is missing, and for weights that the packaged configs could not load.
+        InputError: for whatever is missing, and for weights that the packaged configs could not load or that were not
+            measured.
     """
     if not (root / "configs" / "metadata.json").is_file():
         raise InputError(f"bundle_root: {root} is no bundle: give --bundle_root DIR, the folder that holds configs/.")
@@ -131,6 +132,10 @@ def _contents(root: Path, results: Path, weights_url: str | None) -> dict[str, b
         raise InputError(f"{weights}: no weights to package: train first.")
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()
     record = _record(results)
+    if record.get("sha256", digest) != digest:
+        raise InputError(
+            f"{weights}: are not the weights whose scores {results} holds: measure these, and record them."
+        )
     metadata = _metadata(root / "configs" / "metadata.json", record)
     readme = (root / "docs" / "README.md").read_text(encoding="utf-8")
     if MEASURED not in readme:

@@ -216,3 +216,13 @@ def test_a_failure_leaves_the_earlier_package(root, tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"dist: cannot be written \(disk full\)"):
         package_bundle(str(tmp_path / "dist"), str(root))
     assert contents(tmp_path / "dist") == before
+
+
+def test_scores_of_other_weights_are_refused(root, tmp_path):
+    digest = hashlib.sha256(WEIGHTS).hexdigest()
+    results = write_results(root, {**RECORD, "sha256": digest[::-1]})
+    with pytest.raises(InputError, match=f"model.pt: are not the weights whose scores {results} holds"):
+        package_bundle(str(tmp_path / "dist"), str(root))
+    assert not (tmp_path / "dist").exists()
+    write_results(root, {**RECORD, "sha256": digest})
+    package_bundle(str(tmp_path / "dist"), str(root))
