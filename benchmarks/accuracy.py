@@ -26,7 +26,6 @@ from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 from monai.metrics import compute_dice, compute_hausdorff_distance, compute_iou
 from monai.transforms import LoadImage
-from monai.utils import set_determinism
 from torch import Tensor, nn
 
 from medsegdiff_monai.metrics import (
@@ -37,7 +36,7 @@ from medsegdiff_monai.metrics import (
 )
 
 from .forward import parameters
-from .peers import CONFIGS, Peer, Training, finish, ours, train_in_turns, unet
+from .peers import CONFIGS, Peer, Training, finish, ours, start, train_in_turns, unet
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results.jsonl"
@@ -166,12 +165,8 @@ def _mean(values: list[list[float]]) -> list[float]:
 def prepared(data: str, method: str, seed: int, options: argparse.Namespace) -> tuple[Peer, Training, Path]:
     """Return a method, its training, and the file of its weights."""
     build, ablation = METHODS[method]
-    set_determinism(seed)
-    parser = configure("train", data, options.data_root, seed, ablation)
-    peer = build(parser)
-    loader = parser.get_parsed_content("train#dataloader")
-    weights = options.work_dir / f"{data} {method} {seed} {options.seconds:g}.pt"
-    return peer, Training(peer, loader, options.seconds, parser["learning_rate"]), weights
+    peer, training = start(build, configure("train", data, options.data_root, seed, ablation), options.seconds)
+    return peer, training, options.work_dir / f"{data} {method} {seed} {options.seconds:g}.pt"
 
 
 def trained(data: str, method: str, seed: int, options: argparse.Namespace) -> tuple[Peer, nn.Module, int]:
@@ -180,9 +175,9 @@ def trained(data: str, method: str, seed: int, options: argparse.Namespace) -> t
     return peer, *finish(training, weights)
 
 
-def run(data: str, method: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Train and evaluate one method on one data set; returns the line of the results file."""
-    peer, module, iterations = trained(data, method, seed, options)
+def run(data: str, method: str, seed: int, peer: Peer, options: argparse.Namespace, trained: tuple) -> dict[str, Any]:
+    """Evaluate a trained method on a data set; returns the line of the results file."""
+    module, iterations = trained
     config = configure("evaluate", data, options.data_root, seed, METHODS[method][1])
     scores = evaluate(config, partial(peer.segment, module), data == "DRISHTI_roi")
     rate = configure("train", data, options.data_root, seed)["learning_rate"]
@@ -253,10 +248,10 @@ def main() -> None:
     for seed in options.seeds:  # all sets get a first figure before any gets a second
         for data in options.data:
             todo = [m for m in options.methods if not is_known(options.results, key(data, m, seed, options.seconds))]
-            started = (prepared(data, method, seed, options)[1:] for method in todo)
-            train_in_turns({weights: training for training, weights in started if not weights.is_file()})
-            for method in todo:
-                append(options.results, run(data, method, seed, options))
+            started = {method: prepared(data, method, seed, options) for method in todo}
+            train_in_turns({file: training for _, training, file in started.values() if not file.is_file()})
+            for method, (peer, training, file) in started.items():
+                append(options.results, run(data, method, seed, peer, options, finish(training, file)))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,9 @@ overlay ``paper`` (noise prediction, 100 steps, 25 members, STAPLE). At marks of
 cases by the inference that validates during training (``val_num_steps``, ``val_num_members``); at the end it appends
 the score of the test cases, by the whole inference, to ``benchmarks/results.jsonl``. A rerun goes on from the last
 mark. Writes ``convergence.csv`` and ``convergence.png``.
+
+Each learning rate falls to zero at the end of its own time. The overlay also sets a linear schedule, no scaling of the
+mask and a network at full resolution; width, learning rate and loader are those of the default.
 """
 
 from __future__ import annotations
@@ -18,10 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from monai.utils import set_determinism
 
 from .accuracy import RESULTS, ROOT, append, configure, describe, evaluate, is_known, key
-from .peers import Training, ours, save
+from .peers import ours, save, start
 
 DATA = "LGG_MRI"
 OBJECTIVES = {"default": ("+ FF-Parser", None), "paper": ("paper's objective", "paper")}
@@ -32,10 +34,8 @@ COLUMNS = ("objective", "seconds", "iterations", "dice")
 def curve(name: str, seconds: float, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Train one objective, score it at each mark, and append its last score to the results."""
     method, overlay = OBJECTIVES[name]
-    set_determinism(options.seed)
     parser = configure("train", DATA, options.data_root, options.seed, overlay)
-    peer = ours(parser)
-    training = Training(peer, parser.get_parsed_content("train#dataloader"), seconds, parser["learning_rate"])
+    peer, training = start(ours, parser, seconds)
     average = training.average.module
 
     validation = configure("evaluate", DATA, options.data_root, options.seed, overlay)
@@ -49,7 +49,7 @@ def curve(name: str, seconds: float, options: argparse.Namespace) -> list[dict[s
         state = torch.load(file, weights_only=True)
         rows = state.pop("rows")
         training.load_state_dict(state)
-    for mark in (m for m in MARKS if len(rows) <= MARKS.index(m) and m <= seconds):
+    for mark in [*(m for m in MARKS if m < seconds), seconds][len(rows) :]:
         training.until(mark)
         scores = evaluate(validation, validate, with_raters=False)
         iterations = int(training.average.n_averaged)

@@ -22,14 +22,16 @@ from monai.bundle import ConfigParser
 from monai.inferers import DiffusionInferer, SlidingWindowInferer
 from monai.networks.nets import DiffusionModelUNet, UNet
 from monai.networks.schedulers import DDIMScheduler, DDPMScheduler
+from monai.utils import set_determinism
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from medsegdiff_monai.files import replacing
 from medsegdiff_monai.losses import DiffusionSegmentationLoss
 
 from .forward import parameters
 
-__all__ = ["CONFIGS", "PEERS", "Peer", "Training", "finish", "ours", "save", "train_in_turns", "unet"]
+__all__ = ["CONFIGS", "PEERS", "Peer", "Training", "finish", "ours", "save", "start", "train_in_turns", "unet"]
 
 CONFIGS = Path(__file__).parent.parent / "bundle" / "configs"
 
@@ -174,10 +176,12 @@ class Training:
         self.average = AveragedModel(peer.module, avg_fn=_ema, use_buffers=True)
         self.optimizer = torch.optim.AdamW(peer.module.parameters(), lr=lr)
         self.elapsed = 0.0
+        self.random = torch.get_rng_state()  # of its own, whoever else trains in between
 
     def until(self, elapsed: float) -> None:
         """Train until so many seconds have been trained for in all."""
         self.peer.module.train()
+        torch.set_rng_state(self.random)
         start = time.process_time() - self.elapsed
         while self.elapsed < elapsed:
             batch = next(self.batches)
@@ -189,18 +193,30 @@ class Training:
             self.optimizer.step()
             self.average.update_parameters(self.peer.module)
             self.elapsed = time.process_time() - start
+        self.random = torch.get_rng_state()
 
     def state_dict(self) -> dict[str, Any]:
         """Return what :meth:`load_state_dict` takes up."""
         parts = {"network": self.peer.module, "average": self.average, "optimizer": self.optimizer}
-        return {"elapsed": self.elapsed, **{name: part.state_dict() for name, part in parts.items()}}
+        return {
+            "elapsed": self.elapsed,
+            "random": self.random,
+            **{name: part.state_dict() for name, part in parts.items()},
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what an earlier run has left; the batches begin anew."""
-        self.elapsed = state["elapsed"]
+        self.elapsed, self.random = state["elapsed"], state["random"]
         self.peer.module.load_state_dict(state["network"])
         self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
+
+
+def start(build: Callable[[ConfigParser], Peer], parser: ConfigParser, seconds: float) -> tuple[Peer, Training]:
+    """Return a method and its training, as a config describes them."""
+    set_determinism(parser["seed"])
+    peer = build(parser)
+    return peer, Training(peer, parser.get_parsed_content("train#dataloader"), seconds, parser["learning_rate"])
 
 
 def train_in_turns(trainings: Mapping[Path, Training]) -> None:
@@ -239,6 +255,5 @@ def finish(training: Training, weights: Path) -> tuple[nn.Module, int]:
 
 def save(content: dict[str, Any], file: Path) -> None:
     """Write a file of weights at once or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(content, f"{file}.tmp")
-    os.replace(f"{file}.tmp", file)
+    with replacing(file) as temporary:
+        torch.save(content, temporary)

@@ -25,7 +25,6 @@ import torch
 from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 from monai.metrics import compute_dice
-from monai.utils import set_determinism
 from torch import Tensor, nn
 
 from medsegdiff_monai.fusion import MemberSummary
@@ -33,7 +32,7 @@ from medsegdiff_monai.schedulers import DDIMScheduler, DDPMScheduler, DPMSolverP
 
 from .accuracy import ROOT, SETS, configure
 from .forward import parameters
-from .peers import PEERS, Peer, Training, finish, ours, train_in_turns
+from .peers import PEERS, Peer, finish, ours, start, train_in_turns
 
 SAMPLERS = {"DDIM": DDIMScheduler, "DPM-Solver++ 2M": DPMSolverPlusPlusScheduler, "DDPM": DDPMScheduler}
 STEPS = (1, 2, 5, 10, 20, 50, 100)
@@ -93,12 +92,7 @@ def fit(setting: Setting, methods: dict[str, Callable[[ConfigParser], Peer]]) ->
     """Train methods in turns, or read what an earlier run has trained."""
     started = {}
     for name, build in methods.items():
-        set_determinism(setting.seed)
-        parser = setting.parser("train")
-        peer = build(parser)
-        training = Training(
-            peer, parser.get_parsed_content("train#dataloader"), setting.seconds, parser["learning_rate"]
-        )
+        peer, training = start(build, setting.parser("train"), setting.seconds)
         started[name] = peer, training, setting.work_dir / f"{name}.pt"
     train_in_turns({file: training for _, training, file in started.values() if not file.is_file()})
     return {name: (peer, finish(training, file)[0]) for name, (peer, training, file) in started.items()}

@@ -132,15 +132,15 @@ def _contents(root: Path, results: Path, weights_url: str | None) -> dict[str, b
         raise InputError(f"{weights}: no weights to package: train first.")
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()
     record = _record(results)
-    if record.get("sha256", digest) != digest:
-        raise InputError(
-            f"{weights}: are not the weights whose scores {results} holds: measure these, and record them."
-        )
     metadata = _metadata(root / "configs" / "metadata.json", record)
     readme = (root / "docs" / "README.md").read_text(encoding="utf-8")
     if MEASURED not in readme:
         raise InputError(f"{root / 'docs' / 'README.md'}: lacks the line {MEASURED}, where the scores go: restore it.")
     read_segmenter(str(root / "configs" / "inference.json"), bundle_root=str(root))  # the weights are some, and fit
+    if record.get("sha256") != digest:
+        raise InputError(
+            f"{weights}: are not the weights whose scores {results} holds: measure these, and record them."
+        )
 
     code = Path(__file__).parent
     sources = [(path, path.relative_to(code.parent)) for path in code.rglob("*.py")]
@@ -193,6 +193,8 @@ def _write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
             folder.rename(old)
         new.rename(folder)
     finally:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
         for leftover in (new, old):
             shutil.rmtree(leftover, ignore_errors=True)
 
@@ -208,8 +210,8 @@ def package_bundle(
     Args:
         output: folder to write both to.
         bundle_root: the bundle's folder.
-        results: JSON lines with ``method``, ``data``, ``dice`` and, where there are, other scores and facts (``SCORES``
-            and ``FACTS``); by default ``benchmarks/results.jsonl`` beside the bundle.
+        results: JSON lines with ``method``, ``data``, ``sha256`` of the weights, ``dice`` and, where there are, other
+            scores and facts (``SCORES`` and ``FACTS``); by default ``benchmarks/results.jsonl`` beside the bundle.
         weights_url: where weights above 25 MB are downloaded from.
 
     Returns:

@@ -69,15 +69,14 @@ def test_sampling_writes_a_table_and_goes_on_from_finished_rows(tmp_path, monkey
     lists = json.loads((data / "dataset.json").read_text())
     write_json(data, training=lists["training"][:4], test=lists["training"][4:] + lists["test"])
     has_peer = importlib.util.find_spec("med_seg_diff_pytorch") is not None
-    some = {k: v for k, v in peers.PEERS.items() if has_peer or k != "med-seg-diff-pytorch"}
+    stand_in = {} if has_peer else {"med-seg-diff-pytorch": peers.unet}  # for the code around
+    some = {**peers.PEERS, **stand_in}
     monkeypatch.setattr(peers, "MONAI_STEPS", 2)
     monkeypatch.setattr(peers, "PEER_STEPS", 2)
     monkeypatch.setattr(sampling, "PEERS", some)
     monkeypatch.setattr(sampling, "STEPS", (1, 2))
     monkeypatch.setattr(sampling, "MEMBERS", (1, 5))
     monkeypatch.setattr(sampling, "ROUNDS", 1)
-    if not has_peer:
-        monkeypatch.setattr(sampling, "ratios", lambda *_: [])
     small = {"roi_size": [16, 16], "channels": [16, 32]}
     monkeypatch.setattr(accuracy, "SETS", {"LGG_MRI": ("lgg_mri", small)})
     arguments = ["--data_root", tmp_path, "--data", "LGG_MRI", "--cases", 2]
@@ -101,31 +100,59 @@ def test_sampling_writes_a_table_and_goes_on_from_finished_rows(tmp_path, monkey
         call(monkeypatch, sampling, *arguments, 0.3)
 
 
+def test_results_beside_the_papers_and_where_they_fail(monkeypatch):
+    def run(data, method, seconds, *dice, **more):
+        return {"data": data, "method": method, "seconds": seconds, "seed": 0, "dice": list(dice), **more}
+
+    worst = [[0.1, "case_3", 0.02], [0.7, "case_1", 0.3]]
+    runs = [
+        run("LGG_MRI", "plain DPM", 120, 0.5), run("LGG_MRI", "plain DPM", 120, 0.7),
+        run("LGG_MRI", "plain DPM", 9, 0.1), run("DRISHTI_roi", "+ FF-Parser", 60, 0.9, 0.8),
+        run("LGG_MRI", "MONAI UNet", 9, 0.2),
+        run("LGG_MRI", "paper's objective", 99, 0.4, worst=worst, below_half=1, cases=2),
+    ]  # fmt: skip
+    head, _, plain, _, full = results.beside_paper(runs).splitlines()
+    assert "here: brain tumour, LGG_MRI, 120 s" in head and "here: optic cup, DRISHTI_roi, 60 s" in head
+    assert plain == "| plain DPM | 0.846 |  | 0.882 | 0.600 ± 0.141 | 0.841 |  |"
+    assert full == "| + FF-Parser | 0.875 | 0.800 | 0.905 |  | 0.866 |  |"
+    *_, told = results.failures(runs).splitlines()
+    assert told == "| LGG_MRI | paper's objective | 99 | 0 | 1 of 2 | case_3, 0.10 (2.0 %); case_1, 0.70 (30.0 %) |"
+    assert len(results.failures(runs).splitlines()) == 3
+
+
+def test_the_page_of_results_is_what_the_results_make(tmp_path, monkeypatch):
+    call(monkeypatch, results, "--output", tmp_path / "results.md")
+    assert (tmp_path / "results.md").read_text("utf-8") == (accuracy.ROOT / "docs" / "results.md").read_text("utf-8")
+
+
 def test_convergence_goes_on_from_its_last_mark(tmp_path, monkeypatch):
     (tmp_path / "LGG_MRI").mkdir()
     make_png_dataset(tmp_path / "LGG_MRI", cases=6)
     monkeypatch.setattr(accuracy, "SETS", {"LGG_MRI": ("lgg_mri", {"roi_size": [16, 16], "channels": [8, 8]})})
-    monkeypatch.setattr(convergence, "MARKS", (0.1, 0.2))
+    monkeypatch.setattr(convergence, "MARKS", (0.1, 0.2, 0.9))
     file, out = tmp_path / "results.jsonl", tmp_path / "out"
     arguments = ["--data_root", tmp_path, "--work_dir", tmp_path / "work", "--results", file, "--output_dir", out]
-    seconds = ["--default_seconds", 0.2, "--paper_seconds", 0.2]
+    seconds = ["--default_seconds", 0.3, "--paper_seconds", 0.3]
+    evaluate, until, starts = convergence.evaluate, peers.Training.until, []
 
-    def stop(*_):
-        raise KeyboardInterrupt
+    def evaluate_once(*args, **kwargs):
+        if starts[1:]:
+            raise KeyboardInterrupt
+        return evaluate(*args, **kwargs)
 
+    monkeypatch.setattr(peers.Training, "until", lambda self, mark: (starts.append(self.elapsed), until(self, mark)))
     with monkeypatch.context() as interrupted:
-        interrupted.setattr(convergence, "append", stop)
+        interrupted.setattr(convergence, "evaluate", evaluate_once)
         with pytest.raises(KeyboardInterrupt):
             call(monkeypatch, convergence, *arguments, *seconds)
-    assert not file.exists()
-    trained = {f: f.read_bytes() for f in (tmp_path / "work").iterdir()}
+    assert not file.exists() and len(starts) == 2
     call(monkeypatch, convergence, *arguments, *seconds)
-    assert len(trained) == 1 and all(f.read_bytes() == content for f, content in trained.items())
-    scored = {row["method"]: row["passes"] for row in map(json.loads, file.read_text().splitlines())}
-    assert scored == {"+ FF-Parser": 10, "paper's objective": 2500}
+    assert starts[2] == starts[1] >= 0.1  # from the mark that was scored
+    scored = {row["method"]: (row["passes"], row["seconds"]) for row in map(json.loads, file.read_text().splitlines())}
+    assert scored == {"+ FF-Parser": (10, 0.3), "paper's objective": (2500, 0.3)}
     with (out / "convergence.csv").open() as table:
         rows = [(r["objective"], r["seconds"]) for r in csv.DictReader(table)]
-    assert rows == [(name, mark) for name in ("paper", "default") for mark in ("0.1", "0.2")]
+    assert rows == [(name, mark) for name in ("paper", "default") for mark in ("0.1", "0.2", "0.3")]
     assert (out / "convergence.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -175,9 +202,30 @@ def test_training_in_turns_gives_each_its_time_and_goes_on_after_an_interruption
         peers.train_in_turns({tmp_path / "broken.pt": broken})
     assert not (tmp_path / "broken.pt").exists()
     resumed = tiny(0.5)[0]
-    monkeypatch.setattr(peers.Training, "until", until)
+    weight, starts = broken.peer.module.weight, []
+    monkeypatch.setattr(
+        peers.Training,
+        "until",
+        lambda self, mark: (starts.append((self.elapsed, self.peer.module.weight.clone())), until(self, mark)),
+    )
     peers.train_in_turns({tmp_path / "broken.pt": resumed})
-    assert resumed.average.n_averaged > broken.average.n_averaged and not (tmp_path / "broken.part").exists()
+    assert starts[0][0] == broken.elapsed > 0 and torch.equal(starts[0][1], weight)
+    assert not (tmp_path / "broken.part").exists()
+
+
+def test_others_that_train_in_between_do_not_change_the_random_numbers():
+    def drawn(others: int) -> list[float]:
+        training, numbers = tiny(0.2)[0], []
+        loss = training.peer.loss
+        training.peer.loss = lambda image, mask: (numbers.append(torch.rand(()).item()), loss(image, mask))[1]
+        for mark in (0.1, 0.2):
+            before = len(numbers)
+            training.until(mark)
+            assert len(numbers) > before
+            torch.rand(others)
+        return numbers
+
+    assert all(a == b for a, b in zip(drawn(0), drawn(3)))
 
 
 def test_training_compares_with_each_peer(tmp_path, monkeypatch):

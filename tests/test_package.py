@@ -22,9 +22,9 @@ from medsegdiff_monai.errors import InputError
 from medsegdiff_monai.package import NAME, package_bundle
 
 from .conftest import ROOT
+from .test_export import write_weights
 
 SCHEMA = str(ROOT / "tests" / "data" / "meta_schema_20240725.json")
-WEIGHTS = (ROOT / "bundle" / "models" / "model.pt").read_bytes()
 OTHERS = [
     {"data": "Hippocampus3D", "method": "baseline", "dice": 0.1},
     {"data": "LGG_MRI", "method": "shipped", "dice": 0.2},
@@ -36,8 +36,15 @@ RECORD = {
 }  # fmt: skip
 
 
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory) -> bytes:
+    """Weights that the configs load as they are."""
+    write_weights(file := tmp_path_factory.mktemp("weights") / "model.pt", {})
+    return file.read_bytes()
+
+
 @pytest.fixture
-def root(tmp_path: Path) -> Path:
+def root(tmp_path: Path, weights: bytes) -> Path:
     """The real bundle, and what training, evaluation and editors leave in it."""
     bundle = tmp_path / "project" / "bundle"
     for part in ("configs", "docs"):
@@ -45,9 +52,14 @@ def root(tmp_path: Path) -> Path:
     shutil.copy(ROOT / "bundle" / "LICENSE", bundle)
     for name in ("models/model.pt", "models/checkpoint_epoch=1.pt", "train/history.csv", "configs/.train.json.swp"):
         (bundle / name).parent.mkdir(exist_ok=True)
-        (bundle / name).write_bytes(WEIGHTS if name == "models/model.pt" else b"left")
-    write_results(bundle, *OTHERS, RECORD)
+        (bundle / name).write_bytes(weights if name == "models/model.pt" else b"left")
+    write_results(bundle, *OTHERS, measured(weights))
     return bundle
+
+
+def measured(weights: bytes, **more: object) -> dict:
+    """What the results hold of weights."""
+    return {**RECORD, "sha256": hashlib.sha256(weights).hexdigest(), **more}
 
 
 def write_results(bundle: Path, *records: dict) -> Path:
@@ -91,7 +103,7 @@ def test_is_the_same_byte_for_byte(root, tmp_path):
     assert first.read_bytes() == second.read_bytes()
 
 
-def test_scores_are_those_measured(root, tmp_path):
+def test_scores_are_those_measured(root, weights, tmp_path):
     folder, _ = package_bundle(str(tmp_path), str(root))
     verify_metadata(meta_file=str(folder / "configs" / "metadata.json"), filepath=SCHEMA)
     metadata = json.loads((folder / "configs" / "metadata.json").read_text())
@@ -106,11 +118,19 @@ def test_scores_are_those_measured(root, tmp_path):
     assert (
         "| dice anterior | 0.900 |" in readme and "One run (seed: 0, seconds of training: 3500.0, cases: 40)." in readme
     )
-    assert hashlib.sha256(WEIGHTS).hexdigest() in readme
+    assert hashlib.sha256(weights).hexdigest() in readme
 
 
-def test_scores_may_be_few_or_of_another_form(root, tmp_path):
-    record = {"data": "Hippocampus3D", "method": "shipped", "dice": 0.88, "dice_per_class": [0.9, 0.8], "ece": 0.004}
+def test_scores_may_be_few_or_of_another_form(root, weights, tmp_path):
+    digest = hashlib.sha256(weights).hexdigest()
+    record = {
+        "sha256": digest,
+        "data": "Hippocampus3D",
+        "method": "shipped",
+        "dice": 0.88,
+        "dice_per_class": [0.9, 0.8],
+        "ece": 0.004,
+    }
     (tmp_path / "other.jsonl").write_text(json.dumps(record))
     folder, _ = package_bundle(str(tmp_path), str(root), str(tmp_path / "other.jsonl"))
     metadata = json.loads((folder / "configs" / "metadata.json").read_text())
@@ -135,7 +155,10 @@ def test_readme_follows_the_template_of_the_zoo():
         (lambda root: (root.parent / "benchmarks" / "results.jsonl").unlink(), r"results\.jsonl: no results: measure"),
         (lambda root: (root.parent / "benchmarks" / "results.jsonl").write_text("{"), r"cannot be read as JSON"),
         (lambda root: (root / "models" / "model.pt").unlink(), r"model\.pt: no weights to package"),
-        (lambda root: (root / "models" / "model.pt").write_bytes(WEIGHTS[:-9]), r"model\.pt: is truncated"),
+        (
+            lambda root: (root / "models" / "model.pt").write_bytes((root / "models" / "model.pt").read_bytes()[:-9]),
+            r"model\.pt: is truncated",
+        ),
         (
             lambda root: torch.save({"a": torch.zeros(1)}, root / "models" / "model.pt"),
             r"model\.pt: weights of another",
@@ -159,14 +182,14 @@ def test_what_is_missing_is_named_before_anything_is_written(root, tmp_path, spo
     assert not (tmp_path / "dist").is_dir()
 
 
-def test_large_weights_are_left_to_a_download(root, tmp_path, monkeypatch):
+def test_large_weights_are_left_to_a_download(root, weights, tmp_path, monkeypatch):
     monkeypatch.setattr(package, "MAX_BYTES", 3)
     with pytest.raises(InputError, match=r"--weights_url URL"):
         package_bundle(str(tmp_path / "dist"), str(root))
     folder, _ = package_bundle(str(tmp_path / "dist"), str(root), weights_url="https://example.org/model.pt?a=1")
     assert not (folder / "models").exists()
     (entry,) = json.loads((folder / "large_files.yml").read_text())["large_files"]  # JSON is YAML
-    digest = hashlib.sha256(WEIGHTS).hexdigest()
+    digest = hashlib.sha256(weights).hexdigest()
     url = "https://example.org/model.pt?a=1"
     assert entry == {"path": "models/model.pt", "url": url, "hash_val": digest, "hash_type": "sha256"}
 
@@ -218,11 +241,9 @@ def test_a_failure_leaves_the_earlier_package(root, tmp_path, monkeypatch):
     assert contents(tmp_path / "dist") == before
 
 
-def test_scores_of_other_weights_are_refused(root, tmp_path):
-    digest = hashlib.sha256(WEIGHTS).hexdigest()
-    results = write_results(root, {**RECORD, "sha256": digest[::-1]})
-    with pytest.raises(InputError, match=f"model.pt: are not the weights whose scores {results} holds"):
-        package_bundle(str(tmp_path / "dist"), str(root))
+def test_scores_of_other_weights_are_refused(root, weights, tmp_path):
+    for record in ({**RECORD}, measured(weights + b"others")):
+        results = write_results(root, record)
+        with pytest.raises(InputError, match=f"model.pt: are not the weights whose scores {results} holds"):
+            package_bundle(str(tmp_path / "dist"), str(root))
     assert not (tmp_path / "dist").exists()
-    write_results(root, {**RECORD, "sha256": digest})
-    package_bundle(str(tmp_path / "dist"), str(root))

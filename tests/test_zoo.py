@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -48,7 +49,8 @@ def run(command: list[str | Path], cwd: Path, **variables: str) -> str:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundle, from its zip, alone in an empty folder."""
     tmp = tmp_path_factory.mktemp("dist")
-    record = {"data": "Hippocampus3D", "method": "shipped", "dice": 0.5}
+    digest = hashlib.sha256((ROOT / "bundle" / "models" / "model.pt").read_bytes()).hexdigest()
+    record = {"data": "Hippocampus3D", "method": "shipped", "sha256": digest, "dice": 0.5}
     (tmp / "results.jsonl").write_text(json.dumps(record))
     _, archive = package_bundle(str(tmp), str(ROOT / "bundle"), str(tmp / "results.jsonl"))
     empty = tmp_path_factory.mktemp("empty")

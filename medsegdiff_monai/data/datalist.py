@@ -7,7 +7,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from functools import cache, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -197,7 +197,11 @@ class TrainingSplits:
     """
 
     def __init__(self, dataset_dir: str, spec: DataSpec, seed: int = 0) -> None:
-        self._read = cache(partial(training_splits, dataset_dir, spec, seed))
+        self._arguments = dataset_dir, spec, seed
+
+    @cached_property
+    def _lists(self) -> dict[str, list[dict[str, Any]]]:
+        return training_splits(*self._arguments)
 
     def __getitem__(self, split: str) -> list[dict[str, Any]]:
         """The list ``training`` or ``validation``.
@@ -205,7 +209,7 @@ class TrainingSplits:
         Raises:
             InputError: as :func:`training_splits`.
         """
-        return self._read()[split]
+        return self._lists[split]
 
 
 def _split(lists: Mapping[str, list], order: Sequence[str], chosen: str | None, variable: str, file: Path) -> list:

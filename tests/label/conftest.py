@@ -43,7 +43,11 @@ class Server:
         command += ["--studies", studies or str(folder / "studies")]
         with self.log.open("w") as log:
             self.process = subprocess.Popen(command, cwd=folder, env={**env, **settings}, stdout=log, stderr=log)
-        self.wait(self.is_up, START_SECONDS)
+        try:
+            self.wait(self.is_up, START_SECONDS)
+        except BaseException:
+            self.process.kill()
+            raise
 
     def is_up(self) -> bool:
         assert self.process.poll() is None, self.log.read_text()[-3000:]
