@@ -17,14 +17,16 @@ $(VENV)/.installed: setup.cfg constraints.txt
 	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[demo,dev]'
 	touch $@
 
-$(LABEL_VENV)/.installed: setup.cfg constraints.txt $(wildcard examples/label/requirements*.txt) examples/label/sitecustomize.py
+$(LABEL_VENV)/.installed: setup.cfg constraints.txt $(wildcard examples/label/requirements*.txt) examples/label/torchvision_without_cuda.py
 	$(PYTHON) -m venv $(LABEL_VENV)
 	$(LABEL_PYTHON) -m pip install --upgrade pip
 	$(LABEL_PYTHON) -m pip install --constraint constraints.txt torch
 	$(LABEL_PYTHON) -m pip install --constraint constraints.txt --editable '.[demo]' pytest \
 		--requirement examples/label/requirements.txt
 	$(LABEL_PYTHON) -m pip install --no-deps --requirement examples/label/requirements-no-deps.txt
-	cp examples/label/sitecustomize.py "$$($(LABEL_PYTHON) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+	site=$$($(LABEL_PYTHON) -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
+		cp examples/label/torchvision_without_cuda.py "$$site" && \
+		echo "import torchvision_without_cuda" > "$$site/torchvision_without_cuda.pth"
 	touch $@
 
 demo: $(VENV)/.installed

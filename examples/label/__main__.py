@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import fire
@@ -33,7 +34,9 @@ def main(
     if not studies:
         write_demo_studies(folder / "studies")
         print(f"Demo studies: {folder / 'studies'} (crops of the MNI152 template; README.txt there says more)")
-    print(f"MONAI Label: http://127.0.0.1:{port} (end it with Ctrl+C)", flush=True)
+    print(f"MONAI Label: http://127.0.0.1:{port} (end it with Ctrl+C)")
+    print("It answers whoever reaches that address, without a login: docs/label.md, Security")
+    sys.stdout.flush()
     os.execve(command[0], command, server_environment(folder))  # so that a signal reaches the server itself
 
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from medsegdiff_monai.errors import InputError
 
@@ -30,7 +31,7 @@ def server_command(
         bundle: folder of the bundle; by default the one of this repository.
 
     Raises:
-        InputError: where there is no such app or bundle.
+        InputError: where there is no such app or bundle, or a bundle is given and another was copied before.
     """
     origin = Path(str(bundle)) if bundle else ROOT / "bundle"
     if not (origin / "configs" / "metadata.json").is_file():
@@ -39,11 +40,18 @@ def server_command(
     if source is None:
         raise InputError(f"app {app!r}: there is none of this name: use active_learning or monaibundle.")
     target = Path(work).resolve() / app
-    shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__", "logs", "model"), dirs_exist_ok=True)
     served = target / "model" / MODEL
+    if bundle and served.exists():
+        raise InputError(
+            f"bundle {origin}: {served} is there from an earlier start: leave out --bundle to go on "
+            "with it, or give another --work."
+        )
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__", "logs", "model"), dirs_exist_ok=True)
     if not served.exists():
         outputs = shutil.ignore_patterns("train", "eval", "inference", "checkpoint_epoch=*.pt")
-        shutil.copytree(origin, served, ignore=outputs)
+        served.parent.mkdir(exist_ok=True)
+        with TemporaryDirectory(dir=served.parent) as unfinished:  # a copy that is interrupted is not served
+            shutil.copytree(origin, Path(unfinished) / MODEL, ignore=outputs).rename(served)
     command = [sys.executable, "-m", "monailabel.main", "start_server", "--app", str(target), "--studies", str(studies)]
     command += ["--host", "127.0.0.1", "--port", str(port)]
     # the model is here already: with another source the app would ask the internet for its list of models
@@ -56,11 +64,12 @@ def server_environment(work: str | Path) -> dict[str, str]:
     """This process's environment, with what suits the bundle where MONAI Label's settings are not given.
 
     Args:
-        work: folder to keep series from DICOMweb in, rather than in the home folder.
+        work: folder to keep series from DICOMweb and uploaded studies in, rather than in the home folder.
     """
     settings = {
         "MONAI_LABEL_DICOMWEB_SEARCH_FILTER": '{"Modality": "MR"}',  # its default is CT
         "MONAI_LABEL_DICOMWEB_CACHE_PATH": str(Path(work).resolve() / "dicom"),
+        "MONAI_LABEL_SESSION_PATH": str(Path(work).resolve() / "sessions"),
     }
     # dcmqi is installed beside Python; where MONAI Label does not find it, it downloads it
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])

@@ -35,7 +35,7 @@ def test_every_key_that_it_reads_or_overrides_is_there():
     assert (CONFIGS.parent / "models" / "model.pt").is_file()  # without one it ignores a bundle
 
 
-def test_server_is_given_a_copy_of_the_bundle_and_keeps_its_weights(tmp_path):
+def test_server_is_given_a_copy_of_the_bundle_and_keeps_its_weights(tmp_path, monkeypatch):
     def command(**options):
         return server_command(tmp_path, "studies", port=8123, **options)
 
@@ -54,9 +54,19 @@ def test_server_is_given_a_copy_of_the_bundle_and_keeps_its_weights(tmp_path):
     (other / "configs").mkdir(parents=True)
     (other / "configs" / "metadata.json").write_text('{"name": "other"}')
     shutil.rmtree(app / "model")
+
+    def full_disk(*_, **__):
+        raise OSError("full")
+
+    with monkeypatch.context() as interrupted:
+        interrupted.setattr(Path, "rename", full_disk)
+        with pytest.raises(OSError, match="full"):
+            command(bundle=other)
+    assert not (app / "model" / "medsegdiff").exists()
     command(bundle=other)
     assert json.loads((app / "model" / "medsegdiff" / "configs" / "metadata.json").read_text()) == {"name": "other"}
-    for wrong, key in (({"app": "radiolgy"}, "radiolgy"), ({"bundle": tmp_path}, str(tmp_path))):
+    wrongs = [({"app": "radiolgy"}, "radiolgy"), ({"bundle": tmp_path}, str(tmp_path)), ({"bundle": other}, "--work")]
+    for wrong, key in wrongs:
         with pytest.raises(InputError, match=re.escape(key)):
             command(**wrong)
 
@@ -64,6 +74,8 @@ def test_server_is_given_a_copy_of_the_bundle_and_keeps_its_weights(tmp_path):
 def test_settings_of_the_server_give_way_to_the_environment(tmp_path, monkeypatch):
     name = "MONAI_LABEL_DICOMWEB_SEARCH_FILTER"
     assert json.loads(server_environment(tmp_path)[name]) == {"Modality": "MR"}
+    for kept in ("DICOMWEB_CACHE_PATH", "SESSION_PATH"):  # what patients' volumes are copied to
+        assert Path(server_environment(tmp_path)[f"MONAI_LABEL_{kept}"]).parent == tmp_path
     monkeypatch.setenv(name, "{}")
     assert server_environment(tmp_path)[name] == "{}"
 

@@ -1,4 +1,5 @@
-"""Let torchvision be imported beside a torch without CUDA; ``make label`` copies it into ``.venv-label``.
+"""Let torchvision be imported beside a torch without CUDA; ``make label`` copies it into ``.venv-label``, where a
+``.pth`` file imports it at every start of Python.
 
 MONAI Label needs torchvision's Python code only. The wheel on PyPI is built with CUDA on Linux; beside a torch without,
 its library of operators cannot be loaded, and the import stops at the first operator that is missing. They are declared
