@@ -175,14 +175,16 @@ def trained(data: str, method: str, seed: int, options: argparse.Namespace) -> t
     return peer, *finish(training, weights)
 
 
-def run(data: str, method: str, seed: int, peer: Peer, options: argparse.Namespace, trained: tuple) -> dict[str, Any]:
+def run(
+    data: str, method: str, seed: int, peer: Peer, training: Training, file: Path, options: argparse.Namespace
+) -> dict[str, Any]:
     """Evaluate a trained method on a data set; returns the line of the results file."""
-    module, iterations = trained
+    module, iterations = finish(training, file)
     config = configure("evaluate", data, options.data_root, seed, METHODS[method][1])
     scores = evaluate(config, partial(peer.segment, module), data == "DRISHTI_roi")
-    rate = configure("train", data, options.data_root, seed)["learning_rate"]
     known = key(data, method, seed, options.seconds)
-    return {**known, "iterations": iterations, "learning_rate": rate, **describe(config, module, peer.passes), **scores}
+    how = {"iterations": iterations, "learning_rate": training.lr}
+    return {**known, **how, **describe(config, module, peer.passes), **scores}
 
 
 def shipped(options: argparse.Namespace) -> dict[str, Any]:
@@ -250,8 +252,8 @@ def main() -> None:
             todo = [m for m in options.methods if not is_known(options.results, key(data, m, seed, options.seconds))]
             started = {method: prepared(data, method, seed, options) for method in todo}
             train_in_turns({file: training for _, training, file in started.values() if not file.is_file()})
-            for method, (peer, training, file) in started.items():
-                append(options.results, run(data, method, seed, peer, options, finish(training, file)))
+            for method, parts in started.items():
+                append(options.results, run(data, method, seed, *parts, options))
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ CONFIGS = Path(__file__).parent.parent / "bundle" / "configs"
 
 MONAI_STEPS = 50
 PEER_STEPS = 250  # what the public code recommends
+UNET_LEARNING_RATE = 0.01  # best of 0.001, 0.003, 0.01 by validation; at the configs' it has hardly begun to learn
 TURN = 30.0  # seconds of training at a time, where several train in turns
 
 
@@ -49,12 +50,14 @@ class Peer:
         loss: loss of images (batch, channels, *spatial) and masks (batch, classes, *spatial) in {0, 1}.
         segment: probabilities of images on the network's field, given the trained module; members as channels.
         passes: network passes per image.
+        learning_rate: first learning rate, where it is not the config's.
     """
 
     module: nn.Module
     loss: Callable[[Tensor, Tensor], Tensor]
     segment: Callable[[nn.Module, Tensor], Tensor]
     passes: int
+    learning_rate: float | None = None
 
 
 def ours(parser: ConfigParser) -> Peer:
@@ -98,7 +101,7 @@ def unet(parser: ConfigParser) -> Peer:
     def segment(trained: nn.Module, image: Tensor) -> Tensor:
         return window(image, trained).sigmoid()
 
-    return Peer(net, lambda image, mask: loss(net(image), mask), segment, 1)
+    return Peer(net, lambda image, mask: loss(net(image), mask), segment, 1, UNET_LEARNING_RATE)
 
 
 def monai_diffusion(parser: ConfigParser) -> Peer:
@@ -216,7 +219,8 @@ def start(build: Callable[[ConfigParser], Peer], parser: ConfigParser, seconds: 
     """Return a method and its training, as a config describes them."""
     set_determinism(parser["seed"])
     peer = build(parser)
-    return peer, Training(peer, parser.get_parsed_content("train#dataloader"), seconds, parser["learning_rate"])
+    rate = peer.learning_rate or parser["learning_rate"]
+    return peer, Training(peer, parser.get_parsed_content("train#dataloader"), seconds, rate)
 
 
 def train_in_turns(trainings: Mapping[Path, Training]) -> None:
