@@ -10,7 +10,11 @@ from .errors import show_input_errors_plainly
 
 
 def segment(
-    *images: str, output_dir: str, bundle_root: str | None = None, config_file: str | None = None, **override: Any
+    *images: str,
+    output_dir: str,
+    bundle_root: str | None = None,
+    config_file: str | list[str] | None = None,
+    **override: Any,
 ) -> None:
     """Segment single images through the bundle's ``inference.json``; finished ones are skipped.
 
@@ -21,22 +25,26 @@ def segment(
         output_dir: folder to write to.
         bundle_root: the bundle's folder; found in the working directory where it is not given.
         config_file: config, or list of configs, in place of ``configs/inference.json``.
+
+    Raises:
+        InputError: for no image, a config that is not there, or a variable that it does not have.
     """
     from monai.bundle import run
 
     from .errors import InputError
-    from .settings import find_bundle_root
+    from .settings import find_bundle_root, read_config
 
     if not images:
         raise InputError("segment: give at least one image, for instance: segment scan.nii.gz --output_dir results")
     root = bundle_root or find_bundle_root()
-    run(
-        config_file=config_file or f"{root}/configs/inference.json",
-        bundle_root=root,
-        images=[str(image) for image in images],
-        output_dir=str(output_dir),
-        **override,
-    )
+    config = config_file or f"{root}/configs/inference.json"
+    variables: dict[str, Any] = {
+        "bundle_root": root,
+        "images": [str(image) for image in images],
+        "output_dir": str(output_dir),
+    }
+    read_config(config, **variables, **override)  # refuses what MONAI would ignore
+    run(config_file=config, **variables, **override)
 
 
 def prepare(kind: str, source: str, output: str, **options: Any) -> None:

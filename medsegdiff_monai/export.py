@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from monai.bundle import ConfigParser
 from monai.data.utils import compute_importance_map
 from torch import Tensor, nn
 
@@ -20,6 +19,7 @@ from .handlers.weights import load_checkpoint, load_weights
 from .inferers import DiffusionEnsembleInferer
 from .networks.blocks import Stage
 from .schedulers import DiffusionScheduler
+from .settings import read_config
 
 __all__ = ["LinearStep", "Segmenter", "export_segmenter", "linear_steps", "read_segmenter", "stage_names"]
 
@@ -218,18 +218,7 @@ def read_segmenter(config_file: str | Sequence[str], **override: Any) -> tuple[n
     Raises:
         InputError: for a config that is not there, variables that it does not have, or weights that do not fit.
     """
-    files = [config_file] if isinstance(config_file, str) else list(config_file)
-    for file in files:
-        if not Path(file).is_file():
-            raise InputError(
-                f"{file}: no such config: give --config_file FILE, or --bundle_root DIR with configs/ in it."
-            )
-    parser = ConfigParser()
-    parser.read_config(files)
-    for name in override:
-        if name.replace("::", "#").split("#")[0] not in parser.get():
-            raise InputError(f"{name}: is no variable of {', '.join(files)}: see there what they are called.")
-    parser.update(override)
+    parser = read_config(config_file, **override)
     network = parser.get_parsed_content("network_def")
     checkpoint = parser.get_parsed_content("checkpoint")
     content = load_checkpoint(checkpoint)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from monai.bundle import ConfigParser
 
 from .errors import InputError
 
-__all__ = ["amp_dtype", "as_bool", "default_device", "field_size", "find_bundle_root"]
+__all__ = ["amp_dtype", "as_bool", "default_device", "field_size", "find_bundle_root", "read_config"]
 
 
 def as_bool(value: bool | str) -> bool:
@@ -79,3 +81,28 @@ def find_bundle_root() -> str:
     raise InputError(
         f"bundle_root: there is no bundle in {Path.cwd()}: give --bundle_root DIR, the folder that holds configs/."
     )
+
+
+def read_config(config_file: str | Sequence[str], **override: Any) -> ConfigParser:
+    """Read a config of the bundle, and set variables of it.
+
+    Args:
+        config_file: config, or list of configs, of which later ones take precedence.
+        **override: config variables; parts of one are set by ``variable#part`` or ``variable::part``.
+
+    Raises:
+        InputError: for a config that is not there, or variables that it does not have, which MONAI would ignore.
+    """
+    files = [config_file] if isinstance(config_file, str) else list(config_file)
+    for file in files:
+        if not Path(file).is_file():
+            raise InputError(
+                f"{file}: no such config: give --config_file FILE, or --bundle_root DIR with configs/ in it."
+            )
+    parser = ConfigParser()
+    parser.read_config(files)
+    for name in override:
+        if name.replace("::", "#").split("#")[0] not in parser.get():
+            raise InputError(f"{name}: is no variable of {', '.join(files)}: see there what they are called.")
+    parser.update(override)
+    return parser

@@ -13,6 +13,7 @@ from monai.bundle import ConfigParser
 from PIL import Image
 
 from medsegdiff_monai.__main__ import segment
+from medsegdiff_monai.errors import InputError
 
 from .conftest import CONFIGS, OBLIQUE, PICTURE_SETTINGS, ROOT, VOLUME_SETTINGS, blob
 
@@ -153,3 +154,9 @@ def test_two_files_of_one_name_do_not_overwrite_each_other(tmp_path):
         itk.imwrite(itk_volume((9, 8, 7)), str(tmp_path / folder / "scan.mha"))
     out = run_segment(tmp_path, tmp_path / "a" / "scan.mha", tmp_path / "b" / "scan.mha", **VOLUME_SETTINGS)
     assert {p.name for p in out.iterdir() if p.is_dir()} == {"a_scan", "b_scan"}
+
+
+def test_mistyped_variables_are_refused(tmp_path):
+    with pytest.raises(InputError, match=r"num_membrs: is no variable of .*inference\.json"):
+        run_segment(tmp_path, tmp_path / "scan.nii.gz", num_membrs=3)
+    assert not (tmp_path / "out").exists()
