@@ -37,7 +37,9 @@ def spread(values: Iterable[float], digits: int = 3) -> str:
 def row(runs: list[dict[str, Any]], scores: list[str]) -> str:
     """One method on one data set; the scores of several classes are separated by a comma."""
     first = runs[0]
-    cells = [first["method"], f"{first['parameters_m']:.2f}", str(first["passes"]), f"{first['seconds_per_image']:.3f}"]
+    iterations = "" if "iterations" not in first else f"{statistics.mean(run['iterations'] for run in runs):.0f}"
+    cells = [first["method"], f"{first['parameters_m']:.2f}", iterations]
+    cells += [str(first["passes"]), f"{first['seconds_per_image']:.3f}"]
     cells.append(spread(statistics.mean(run["dice"]) for run in runs))
     for score in scores:
         classes = zip(*(run[score] for run in runs))
@@ -48,7 +50,8 @@ def row(runs: list[dict[str, Any]], scores: list[str]) -> str:
 def table(data: str, runs: list[dict[str, Any]]) -> list[str]:
     """All methods on one data set, at one time of training."""
     scores = [score for score in SCORES if all(score in run for run in runs)]
-    head = ["method", "parameters, M", "passes", "seconds / image", "mean Dice", *(SCORES[s] for s in scores), "seeds"]
+    head = ["method", "parameters, M", "iterations", "passes", "seconds / image", "mean Dice"]
+    head += [*(SCORES[s] for s in scores), "seeds"]
     first = runs[0]
     names = list(SETS[data][1].get("regions") or {})
     lines = [

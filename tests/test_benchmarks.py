@@ -40,10 +40,12 @@ def test_accuracy_trains_each_method_once_and_scores_it(tmp_path, monkeypatch):
     call(monkeypatch, accuracy, *arguments, "--data", "LGG_MRI", "Hippocampus3D")
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert {(r["data"], r["method"]) for r in rows} == {(d, m) for d in accuracy.SETS for m in accuracy.METHODS}
+    rates = {data: accuracy.configure("train", data, tmp_path, 0)["learning_rate"] for data in accuracy.SETS}
     for row in rows:
         classes = 1 if row["data"] == "LGG_MRI" else 2
         assert all(len(row[k]) == classes and min(row[k]) >= 0 for k in ("dice", "iou", "ece"))
         assert row["iterations"] >= 1 and row["passes"] == (1 if row["method"] == "MONAI UNet" else 10)
+        assert row["learning_rate"] == (0.01 if row["method"] == "MONAI UNet" else rates[row["data"]])
     size = {row["method"]: row["parameters_m"] for row in rows if row["data"] == "LGG_MRI"}
     assert size["plain DPM"] < size["+ dynamic conditioning"] < size["+ FF-Parser"]
     monkeypatch.setattr(accuracy, "run", lambda *_: pytest.fail("a run that is in the results was repeated"))
@@ -57,7 +59,7 @@ def test_accuracy_trains_each_method_once_and_scores_it(tmp_path, monkeypatch):
     measured = page.partition("## Beside the paper")[0].splitlines()
     lines = [line for line in measured if line.startswith("| + FF-Parser")]
     means = [sum(row["dice"]) / len(row["dice"]) for row in rows if row["method"] == "+ FF-Parser"]
-    assert [line.split(" | ")[4] for line in lines] == [f"{mean:.3f}" for mean in means]
+    assert [line.split(" | ")[5] for line in lines] == [f"{mean:.3f}" for mean in means]
 
     arguments = ["--data_root", tmp_path, "--seconds", 0.2, "--work_dir", tmp_path, "--output_dir", tmp_path]
     call(monkeypatch, figures, *arguments, "--data", "LGG_MRI")
