@@ -29,6 +29,8 @@ def segment(
     Raises:
         InputError: for no image, a config that is not there, or a variable that it does not have.
     """
+    from inspect import signature
+
     from monai.bundle import run
 
     from .errors import InputError
@@ -43,7 +45,8 @@ def segment(
         "images": [str(image) for image in images],
         "output_dir": str(output_dir),
     }
-    read_config(config, **variables, **override)  # refuses what MONAI would ignore
+    own = signature(run).parameters  # such as logging_file
+    read_config(config, **variables, **{name: value for name, value in override.items() if name not in own})
     run(config_file=config, **variables, **override)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from monai.bundle import ConfigParser
+from monai.utils import ensure_tuple
 
 from .errors import InputError
 
@@ -83,7 +84,7 @@ def find_bundle_root() -> str:
     )
 
 
-def read_config(config_file: str | Sequence[str], **override: Any) -> ConfigParser:
+def read_config(config_file: str | Path | Sequence[str | Path], **override: Any) -> ConfigParser:
     """Read a config of the bundle, and set variables of it.
 
     Args:
@@ -93,7 +94,7 @@ def read_config(config_file: str | Sequence[str], **override: Any) -> ConfigPars
     Raises:
         InputError: for a config that is not there, or variables that it does not have, which MONAI would ignore.
     """
-    files = [config_file] if isinstance(config_file, str) else list(config_file)
+    files = [str(file) for file in ensure_tuple(config_file)]
     for file in files:
         if not Path(file).is_file():
             raise InputError(

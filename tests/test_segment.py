@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest.mock import create_autospec
 
 import itk
+import monai.bundle
 import nibabel as nib
 import numpy as np
 import pytest
@@ -160,3 +162,14 @@ def test_mistyped_variables_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"num_membrs: is no variable of .*inference\.json"):
         run_segment(tmp_path, tmp_path / "scan.nii.gz", num_membrs=3)
     assert not (tmp_path / "out").exists()
+
+
+def test_parts_of_variables_overlays_and_options_of_the_run_are_passed_on(tmp_path, monkeypatch):
+    run = create_autospec(monai.bundle.run)
+    monkeypatch.setattr(monai.bundle, "run", run)
+    overlay = tmp_path / "overlay.json"
+    overlay.write_text('{"variable_of_the_overlay": 3}')
+    configs = [str(CONFIGS / "inference.json"), str(overlay)]
+    more = {"logging_file": "log.conf", "variable_of_the_overlay": 2, "scheduler::_target_": "Other", "inferer#seed": 1}
+    segment("scan.nii.gz", output_dir="out", bundle_root=str(ROOT / "bundle"), config_file=configs, **more)
+    assert run.call_args.kwargs.items() >= {"config_file": configs, "images": ["scan.nii.gz"], **more}.items()
