@@ -24,7 +24,7 @@ PAPER_SETS = ("optic cup, REFUGE-2", "brain tumour, BraTS-2021", "thyroid nodule
 NEAREST = (("DRISHTI_roi", 1), ("LGG_MRI", 0), ("TG3K_thyroid", 0))  # the set and class that stand for each of these
 PARTS = ("optic cup", "brain tumour", "thyroid gland")
 SCORES = {"dice": "Dice", "iou": "IoU", "hd95": "HD95", "ece": "ECE", "ged": "GED", "matched_iou": "matched IoU"}
-DIGITS = {"hd95": 1}
+DIGITS = {"hd95": 1, "ece": 4}
 
 
 def spread(values: Iterable[float], digits: int = 3) -> str:
@@ -38,7 +38,10 @@ def row(runs: list[dict[str, Any]], scores: list[str]) -> str:
     """One method on one data set; the scores of several classes are separated by a comma."""
     first = runs[0]
     iterations = "" if "iterations" not in first else f"{statistics.mean(run['iterations'] for run in runs):.0f}"
-    cells = [first["method"], f"{first['parameters_m']:.2f}", iterations]
+    rate = " and ".join(
+        f"{rate:g}" for rate in sorted({run["learning_rate"] for run in runs if "learning_rate" in run})
+    )
+    cells = [first["method"], f"{first['parameters_m']:.2f}", rate, iterations]
     cells += [str(first["passes"]), f"{first['seconds_per_image']:.3f}"]
     cells.append(spread(statistics.mean(run["dice"]) for run in runs))
     for score in scores:
@@ -50,7 +53,7 @@ def row(runs: list[dict[str, Any]], scores: list[str]) -> str:
 def table(data: str, runs: list[dict[str, Any]]) -> list[str]:
     """All methods on one data set, at one time of training."""
     scores = [score for score in SCORES if all(score in run for run in runs)]
-    head = ["method", "parameters, M", "iterations", "passes", "seconds / image", "mean Dice"]
+    head = ["method", "parameters, M", "learning rate", "iterations", "passes", "seconds / image", "mean Dice"]
     head += [*(SCORES[s] for s in scores), "seeds"]
     first = runs[0]
     names = list(SETS[data][1].get("regions") or {})
