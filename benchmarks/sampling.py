@@ -88,14 +88,14 @@ def check_work_dir(setting: Setting) -> None:
     file.write_text(json.dumps(own))
 
 
-def fit(setting: Setting, methods: dict[str, Callable[[ConfigParser], Peer]]) -> dict[str, tuple[Peer, nn.Module]]:
-    """Train methods in turns, or read what an earlier run has trained."""
+def fit(setting: Setting, methods: dict[str, Callable[[ConfigParser], Peer]]) -> dict[str, tuple[Peer, nn.Module, int]]:
+    """Train methods in turns, or read what an earlier run has trained; returns iterations too."""
     started = {}
     for name, build in methods.items():
         peer, training = start(build, setting.parser("train"), setting.seconds)
         started[name] = peer, training, setting.work_dir / f"{name}.pt"
     train_in_turns({file: training for _, training, file in started.values() if not file.is_file()})
-    return {name: (peer, finish(training, file)[0]) for name, (peer, training, file) in started.items()}
+    return {name: (peer, *finish(training, file)) for name, (peer, training, file) in started.items()}
 
 
 class Cases:
@@ -217,9 +217,9 @@ def shipped(setting: Setting) -> tuple[str, int, int]:
     return next(n for n, c in SAMPLERS.items() if c.__name__ == target), parser["num_steps"], parser["num_members"]
 
 
-def peers(trained_peers: dict[str, tuple[Peer, nn.Module]], rows: Rows, cases: Cases) -> Iterator[tuple[str, Any]]:
+def peers(trained_peers: dict[str, tuple[Peer, nn.Module, int]], rows: Rows, cases: Cases) -> Iterator[tuple[str, Any]]:
     """Score one sample of each peer, and yield what segments an image, to be timed."""
-    for name, (peer, trained) in trained_peers.items():
+    for name, (peer, trained, _) in trained_peers.items():
         segment = torch.no_grad()(partial(peer.segment, trained))
         if not rows.has(method=name):
             dice = cases.dice(list(segment(cases.images)))
@@ -294,7 +294,7 @@ def against_default(setting: Setting, rows: Rows) -> list[str]:
     return lines
 
 
-def write(setting: Setting, rows: Rows, lines: list[str]) -> None:
+def write(setting: Setting, rows: Rows, iterations: dict[str, int], lines: list[str]) -> None:
     """Write table and plot."""
     from matplotlib.figure import Figure
 
@@ -313,7 +313,8 @@ def write(setting: Setting, rows: Rows, lines: list[str]) -> None:
         "",
         f"{setting.data} at {config['roi_size']}, channels {config['channels']}, {len(rows.rows[0]['of_cases'])} "
         "cases, STAPLE, Dice on the original grid; "
-        f"each method trained for {setting.seconds:g} seconds of CPU time; seed {setting.seed}; "
+        f"each method trained for {setting.seconds:g} seconds of CPU time (iterations: "
+        f"{', '.join(f'{name} {count}' for name, count in iterations.items())}); seed {setting.seed}; "
         f"{torch.get_num_threads()} threads of {platform.machine()}, torch {torch.__version__}. One run: the standard "
         "deviation is over cases.",
         "",
@@ -351,7 +352,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_root", type=Path, required=True, help="folder of the data sets")
     parser.add_argument("--data", choices=[name for name in SETS if name != "Hippocampus3D"], default="LGG_MRI")
-    parser.add_argument("--seconds", type=float, default=300, help="CPU time of each training")
+    parser.add_argument("--seconds", type=float, default=900, help="CPU time of each training")
     parser.add_argument("--cases", type=int, default=44, help="of the test set, at most")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work_dir", type=Path, default=ROOT / "benchmarks" / "work" / "sampling")
@@ -362,10 +363,12 @@ def main() -> None:
     check_work_dir(setting)
     rows = Rows(setting.work_dir / "rows.jsonl")
     fitted = fit(setting, {"ours": ours, **PEERS})
-    cases, (_, net) = Cases(setting), fitted.pop("ours")
+    iterations = {name: count for name, (_, _, count) in fitted.items()}
+    cases, (_, net, _) = Cases(setting), fitted.pop("ours")
     grid(setting, rows, net, cases)
     segmenters = dict(peers(fitted, rows, cases))
-    write(setting, rows, [*against_default(setting, rows), *ratios(setting, net, cases.images[:1], segmenters)])
+    lines = [*against_default(setting, rows), *ratios(setting, net, cases.images[:1], segmenters)]
+    write(setting, rows, iterations, lines)
 
 
 if __name__ == "__main__":

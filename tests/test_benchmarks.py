@@ -96,6 +96,8 @@ def test_sampling_writes_a_table_and_goes_on_from_finished_rows(tmp_path, monkey
     default, best = dice["DPM-Solver++ 2M", "2", "5"], max(dice.values())
     assert f"(DPM-Solver++ 2M, 5 members × 2 steps): {default:.4f}" in page
     assert f"(the best row): {best:.4f}, {best - default:+.4f} ±" in page
+    iterations = torch.load(tmp_path / "work" / "LGG_MRI" / "ours.pt", weights_only=True)["iterations"]
+    assert f"(iterations: ours {iterations}, MONAI UNet " in page
 
     monkeypatch.setattr(sampling, "measure", lambda *_, **__: pytest.fail("a finished row was measured again"))
     call(monkeypatch, sampling, *arguments, 0.2)
