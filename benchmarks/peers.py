@@ -99,7 +99,8 @@ def unet(parser: ConfigParser) -> Peer:
     window = SlidingWindowInferer(parser["roi_size"], 1, 0.5, mode="gaussian")  # as for ours
 
     def segment(trained: nn.Module, image: Tensor) -> Tensor:
-        return window(image, trained).sigmoid()
+        whole = list(image.shape[2:]) == list(parser["roi_size"])
+        return (trained(image) if whole else window(image, trained)).sigmoid()
 
     return Peer(net, lambda image, mask: loss(net(image), mask), segment, 1, UNET_LEARNING_RATE)
 

@@ -104,8 +104,8 @@ class Cases:
     def __init__(self, setting: Setting) -> None:
         parser = setting.parser("evaluate")
         dataset = parser.get_parsed_content("dataset")
-        step = max(1, len(dataset) // setting.cases)
-        self.items = [dataset[i] for i in range(0, len(dataset), step)][: setting.cases]
+        count = min(setting.cases, len(dataset))
+        self.items = [dataset[i * len(dataset) // count] for i in range(count)]
         self.images = torch.stack([item["image"].as_tensor() for item in self.items])
         self.classes: int = parser["num_classes"]
         # of the same parser: what it inverts is what the images went through
@@ -141,14 +141,11 @@ def _status(name: str) -> int:
     return int(next(line for line in lines if line.startswith(name)).split()[1])
 
 
-def median_seconds(run: Callable[[], object], rounds: int = ROUNDS) -> float:
-    """Return the median time of a call."""
-    times = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+def seconds(run: Callable[[], object]) -> float:
+    """Return the CPU time of a call on one thread: other work on the machine does not count."""
+    start = time.process_time()
+    run()
+    return time.process_time() - start
 
 
 def inferer(setting: Setting, sampler: str, steps: int, members: int, **more: Any) -> Any:
@@ -161,36 +158,26 @@ def inferer(setting: Setting, sampler: str, steps: int, members: int, **more: An
 
 
 def grid(setting: Setting, rows: Rows, net: nn.Module, cases: Cases) -> None:
-    """Measure members × steps × sampler; fewer members are the first ones of the most."""
+    """Score members × steps × sampler; fewer members are the first ones of the most."""
     for sampler, steps in ((sampler, steps) for sampler in SAMPLERS for steps in STEPS):
         missing = [m for m in MEMBERS if not rows.has(sampler=sampler, steps=steps, members=m, amp=False)]
         if missing:
             draw = inferer(setting, sampler, steps, MEMBERS[-1])
             drawn = [draw(image[None], net)[0] for image in cases.images]
             for members in missing:
-                rows.add(**measure(setting, net, cases, drawn, sampler, steps, members, amp=False))
+                rows.add(**score(net, cases, drawn, sampler, steps, members, amp=False))
     if not rows.has(amp=True):
         sampler, steps, members = shipped(setting)
         draw = inferer(setting, sampler, steps, members, amp=True)
         drawn = [draw(image[None], net)[0].float() for image in cases.images]
-        rows.add(**measure(setting, net, cases, drawn, sampler, steps, members, amp=True))
+        rows.add(**score(net, cases, drawn, sampler, steps, members, amp=True))
 
 
-def measure(
-    setting: Setting,
-    net: nn.Module,
-    cases: Cases,
-    drawn: Sequence[Tensor],
-    sampler: str,
-    steps: int,
-    members: int,
-    amp: bool,
+def score(
+    net: nn.Module, cases: Cases, drawn: Sequence[Tensor], sampler: str, steps: int, members: int, amp: bool
 ) -> dict[str, Any]:
-    """Score the first members that were drawn, and time one image with so many."""
+    """Score the first members that were drawn."""
     dice = cases.dice([probability[: members * cases.classes] for probability in drawn])
-    alone = inferer(setting, sampler, steps, members, amp=amp)
-    run = partial(alone, cases.images[:1], net)
-    memory = peak_memory_mb(run)  # and warm up
     return {
         "method": "ours",
         "parameters_m": parameters(net),
@@ -200,8 +187,6 @@ def measure(
         "passes": steps * members,
         "amp": amp,
         **summary(dice),
-        "seconds": median_seconds(run, 1 if steps * members > 100 else ROUNDS),
-        "memory_mb": memory,
     }
 
 
@@ -222,6 +207,7 @@ def peers(trained_peers: dict[str, tuple[Peer, nn.Module, int]], rows: Rows, cas
     for name, (peer, trained, _) in trained_peers.items():
         segment = torch.no_grad()(partial(peer.segment, trained))
         if not rows.has(method=name):
+            torch.manual_seed(0)
             dice = cases.dice(list(segment(cases.images)))
             rows.add(
                 method=name,
@@ -231,9 +217,20 @@ def peers(trained_peers: dict[str, tuple[Peer, nn.Module, int]], rows: Rows, cas
                 members=1,
                 passes=peer.passes,
                 **summary(dice),
-                seconds=median_seconds(partial(segment, cases.images[:1]), 1),
             )
         yield name, segment
+
+
+def clock(setting: Setting, rows: Rows, net: nn.Module, image: Tensor, segmenters: dict[str, Callable]) -> None:
+    """Measure time and memory of each row for an image, one after the other; not kept, but anew in each run."""
+    for row in rows.rows:
+        if row["method"] == "ours":
+            alone = inferer(setting, *(row[key] for key in ("sampler", "steps", "members")), amp=row["amp"])
+            run = partial(alone, image, net)
+        else:
+            run = partial(segmenters[row["method"]], image)
+        row["memory_mb"] = peak_memory_mb(run)  # and warm up
+        row["seconds"] = statistics.median(seconds(run) for _ in range(1 if row["passes"] > 100 else ROUNDS))
 
 
 def ratios(setting: Setting, net: nn.Module, image: Tensor, segmenters: dict[str, Callable]) -> list[str]:
@@ -258,10 +255,9 @@ def ratios(setting: Setting, net: nn.Module, image: Tensor, segmenters: dict[str
     with torch.no_grad():
         for turn in range(ROUNDS + 1):
             for name, run in runs.items():
-                start = time.perf_counter()
-                run()
-                if turn:
-                    times[name].append(time.perf_counter() - start)
+                took = seconds(run)
+                if turn:  # the first one warms up
+                    times[name].append(took)
 
     def ratio(a: str, b: str) -> float:
         return statistics.median(x / y for x, y in zip(times[a], times[b]))
@@ -282,9 +278,11 @@ def against_default(setting: Setting, rows: Rows) -> list[str]:
     ours = [row for row in rows.rows if row["method"] == "ours" and not row["amp"]]
     sampler, steps, members = shipped(setting)
     default = next(r for r in ours if (r["sampler"], r["steps"], r["members"]) == (sampler, steps, members))
-    most = [row for row in ours if (row["steps"], row["members"]) == (STEPS[-1], MEMBERS[-1])]
+    others = [("the best row", max(ours, key=lambda r: r["dice"]))]
+    others += [("most passes", row) for row in ours if (row["steps"], row["members"]) == (STEPS[-1], MEMBERS[-1])]
+    others += [("the default under bfloat16 autocast", next(row for row in rows.rows if row.get("amp")))]
     lines = [f"- Dice of our default ({sampler}, {members} members × {steps} steps): {default['dice']:.4f}."]
-    for what, row in [("the best row", max(ours, key=lambda r: r["dice"])), *(("most passes", row) for row in most)]:
+    for what, row in others:
         apart = [a - b for a, b in zip(row["of_cases"], default["of_cases"])]
         error = statistics.stdev(apart) / len(apart) ** 0.5
         lines.append(
@@ -315,8 +313,9 @@ def write(setting: Setting, rows: Rows, iterations: dict[str, int], lines: list[
         "cases, STAPLE, Dice on the original grid; "
         f"each method trained for {setting.seconds:g} seconds of CPU time (iterations: "
         f"{', '.join(f'{name} {count}' for name, count in iterations.items())}); seed {setting.seed}; "
-        f"{torch.get_num_threads()} threads of {platform.machine()}, torch {torch.__version__}. One run: the standard "
-        "deviation is over cases.",
+        f"{torch.get_num_threads()} threads of {platform.machine()}, torch {torch.__version__}. Timesteps: "
+        f"{', '.join(f'{name} {sampler().timestep_spacing}' for name, sampler in SAMPLERS.items())}. Seconds are CPU "
+        "time for one image, memory what it adds at its peak. One run: the standard deviation is over cases.",
         "",
         *lines,
         "",
@@ -367,7 +366,9 @@ def main() -> None:
     cases, (_, net, _) = Cases(setting), fitted.pop("ours")
     grid(setting, rows, net, cases)
     segmenters = dict(peers(fitted, rows, cases))
-    lines = [*against_default(setting, rows), *ratios(setting, net, cases.images[:1], segmenters)]
+    image = cases.images[:1]
+    lines = [*against_default(setting, rows), *ratios(setting, net, image, segmenters)]
+    clock(setting, rows, net, image, segmenters)
     write(setting, rows, iterations, lines)
 
 

@@ -14,6 +14,7 @@ from monai.data import MetaTensor
 from monai.inferers import DiffusionInferer, Inferer, SlidingWindowInferer
 from monai.metrics import compute_dice
 from monai.networks import eval_mode
+from monai.networks.schedulers import DDPMScheduler as MonaiDDPMScheduler
 from monai.networks.schedulers import Scheduler
 from torch import Tensor
 
@@ -100,8 +101,8 @@ class DiffusionEnsembleInferer(Inferer):
         amp: see :func:`medsegdiff_monai.settings.amp_dtype`.
 
     Raises:
-        InputError: for numbers out of range; at the call, for an image larger than ``roi_size`` and a sampler that
-            draws noise at every step.
+        InputError: for numbers out of range, and for MONAI's own ``DDPMScheduler``; at the call, for an image larger
+            than ``roi_size`` and a sampler that draws noise at every step.
     """
 
     def __init__(
@@ -120,10 +121,20 @@ class DiffusionEnsembleInferer(Inferer):
         amp: bool | str = False,
     ) -> None:
         super().__init__()
-        if num_members < 1 or num_steps < 1 or (member_batch_size is not None and member_batch_size < 1):
+        if any(n is not None and (n < 1 or n != int(n)) for n in (num_members, num_steps, member_batch_size)):
             raise InputError(
                 f"num_members={num_members}, num_steps={num_steps} and member_batch_size={member_batch_size} must be "
-                "at least 1."
+                "whole numbers of at least 1."
+            )
+        if num_steps > scheduler.num_train_timesteps:
+            raise InputError(
+                f"num_steps={num_steps} is more than the num_train_timesteps={scheduler.num_train_timesteps} that the "
+                "network is trained on: take fewer steps."
+            )
+        if isinstance(scheduler, MonaiDDPMScheduler):
+            raise InputError(
+                "MONAI's DDPMScheduler draws noise that no seed of a member decides, and is right at full length only: "
+                "scheduler#_target_ must be medsegdiff_monai.schedulers.DDPMScheduler."
             )
         if agreement_threshold is not None and not 0 < agreement_threshold <= 1:
             raise InputError(f"agreement_threshold={agreement_threshold} is a Dice: above 0, at most 1.")

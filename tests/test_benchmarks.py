@@ -99,7 +99,7 @@ def test_sampling_writes_a_table_and_goes_on_from_finished_rows(tmp_path, monkey
     iterations = torch.load(tmp_path / "work" / "LGG_MRI" / "ours.pt", weights_only=True)["iterations"]
     assert f"(iterations: ours {iterations}, MONAI UNet " in page
 
-    monkeypatch.setattr(sampling, "measure", lambda *_, **__: pytest.fail("a finished row was measured again"))
+    monkeypatch.setattr(sampling, "score", lambda *_, **__: pytest.fail("a finished row was measured again"))
     call(monkeypatch, sampling, *arguments, 0.2)
     with pytest.raises(SystemExit, match="other settings"):
         call(monkeypatch, sampling, *arguments, 0.3)

@@ -10,6 +10,7 @@ from itertools import pairwise
 import pytest
 import torch
 from monai.data import MetaTensor
+from monai.networks.schedulers import DDPMScheduler as MonaiDDPMScheduler
 
 from medsegdiff_monai.engines import SegmentationDiffusionPrepareBatch
 from medsegdiff_monai.errors import InputError
@@ -204,10 +205,24 @@ def test_progress_counts_every_pass(network):
     assert passes == [4, 4, 4, 4, 2, 2]
 
 
-@pytest.mark.parametrize("wrong", [{"num_members": 0}, {"member_batch_size": 0}, {"agreement_threshold": 1.5}])
-def test_numbers_out_of_range_are_refused(wrong):
-    with pytest.raises(InputError, match=next(iter(wrong))):
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"num_members": 0}, "num_members=0.* at least 1"),
+        ({"member_batch_size": 0}, "member_batch_size=0"),
+        ({"num_steps": 2.5}, "num_steps=2.5.*whole numbers"),
+        ({"num_steps": 1001}, "num_steps=1001 is more than the num_train_timesteps=1000.*fewer"),
+        ({"agreement_threshold": 1.5}, "agreement_threshold=1.5"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(wrong, message):
+    with pytest.raises(InputError, match=message):
         inferer(**wrong)
+
+
+def test_a_sampler_whose_noise_is_not_the_members_is_refused():
+    with pytest.raises(InputError, match=r"scheduler#_target_ must be medsegdiff_monai\.schedulers\.DDPMScheduler"):
+        DiffusionEnsembleInferer(MonaiDDPMScheduler(), num_classes=1, roi_size=(8, 8))
 
 
 @pytest.mark.parametrize("prediction", ["sample", "epsilon", "v_prediction"])

@@ -1,4 +1,4 @@
-"""What README says of the memory that large volumes take."""
+"""What the guide says of the memory that large volumes take."""
 
 from __future__ import annotations
 

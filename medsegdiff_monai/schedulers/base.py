@@ -131,6 +131,13 @@ class DiffusionScheduler(Scheduler):
         if signal_scale <= 0:
             raise ValueError(f"signal_scale is {signal_scale}; it multiplies x0, and must be above 0.")
         super().__init__(num_train_timesteps, schedule, **schedule_args)
+        if not ((self.betas > 0) & (self.betas < 1)).all():
+            raise ValueError(
+                f"schedule {schedule!r} with {schedule_args} has betas from {self.betas.min():g} to "
+                f"{self.betas.max():g}; they must be above 0 and below 1. Choose other beta_start and beta_end."
+            )
+        if rescale_betas_zero_snr and num_train_timesteps < 2:
+            raise ValueError("rescale_betas_zero_snr needs num_train_timesteps of at least 2.")
         self.prediction_type = prediction_type
         self.timestep_spacing = timestep_spacing
         self.clip_sample = clip_sample
@@ -153,18 +160,18 @@ class DiffusionScheduler(Scheduler):
         """Choose the timesteps of sampling, strictly decreasing.
 
         Args:
-            num_inference_steps: number N of steps, 1 to ``num_train_timesteps``.
+            num_inference_steps: whole number N of steps, 1 to ``num_train_timesteps``.
             device: where to keep ``timesteps``; the CPU by default, where a step reads them without waiting.
 
         Raises:
             ValueError: if there cannot be so many steps.
         """
-        if not 1 <= num_inference_steps <= self.num_train_timesteps:
+        if not 1 <= num_inference_steps <= self.num_train_timesteps or num_inference_steps != int(num_inference_steps):
             raise ValueError(
                 f"num_inference_steps is {num_inference_steps}; it must be between 1 and num_train_timesteps = "
-                f"{self.num_train_timesteps}. Ask for a number of steps in that range."
+                f"{self.num_train_timesteps}. Ask for a whole number of steps in that range."
             )
-        self.num_inference_steps = num_inference_steps
+        num_inference_steps = self.num_inference_steps = int(num_inference_steps)
         spaced = _SPACINGS[self.timestep_spacing](self.num_train_timesteps, num_inference_steps)
         self.timesteps = spaced.long().to(device)
 

@@ -91,8 +91,8 @@ class DDPMScheduler(DiffusionScheduler):
         if model_output.shape[1] != 2 * channels:
             raise ValueError(
                 f"variance_type 'learned_range' needs a model output of {2 * channels} channels (prediction and v for "
-                f"each of the sample's {channels}), not {model_output.shape[1]}. Double the network's out_channels, or "
-                "choose 'fixed_small'."
+                f"each of the sample's {channels}), not {model_output.shape[1]}. Take a network that returns them, or "
+                "choose 'fixed_small' or 'fixed_large'."
             )
         prediction, v = model_output.chunk(2, dim=1)
         return prediction, at_least_float32(v)

@@ -354,7 +354,13 @@ X = torch.zeros(2, 1, 4, 4)
         ),
         (lambda: DDIMScheduler(clip_sample_min=2.0), "clip_sample_min is 2.0, which must be below .* 1.0"),
         (lambda: DDIMScheduler().set_timesteps(0), "num_inference_steps is 0; it must be between 1 and .* 1000"),
-        (lambda: DDIMScheduler().set_timesteps(1001), "num_inference_steps is 1001; .*Ask for a number of steps"),
+        (lambda: DDIMScheduler().set_timesteps(1001), "num_inference_steps is 1001; .*Ask for a whole number of steps"),
+        (lambda: DDIMScheduler(timestep_spacing="leading").set_timesteps(2.5), "num_inference_steps is 2.5; .*whole"),
+        (lambda: DDIMScheduler(beta_start=0.0), r"'linear_beta' .*'beta_start': 0.0.* betas from 0 to 0.02"),
+        (
+            lambda: DDIMScheduler(1, rescale_betas_zero_snr=True),
+            "rescale_betas_zero_snr needs num_train_timesteps of at least 2",
+        ),
         (
             lambda: stepped().step(X, 998, X),
             r"timestep 998 is not one of the 10 timesteps 999 ... 0.*set_timesteps\(\)",
@@ -364,7 +370,7 @@ X = torch.zeros(2, 1, 4, 4)
         (lambda: stepped().step(X, 999, X, noise=X[:1]), r"noise has shape \(1, 1, 4, 4\), the sample \(2, 1, 4, 4\)"),
         (
             lambda: stepped(variance_type="learned_range").step(X, 999, X),
-            "'learned_range' needs a model output of 2 channels .* not 1. Double the network's out_channels",
+            "'learned_range' needs a model output of 2 channels .* not 1. Take a network that returns them",
         ),
         (lambda: stepped().step(X.repeat(1, 2, 1, 1), 999, X), "Set the network's out_channels"),
     ],

@@ -145,16 +145,18 @@ def test_std_is_the_published_one(sampler, steps, expected, tolerance):
 
 
 @pytest.mark.parametrize("prediction_type", ["sample", "epsilon", "v_prediction"])
-@pytest.mark.parametrize("steps", [1, 2, 5, 10, 20, 100])
+@pytest.mark.parametrize("steps", [1, 2, 5, 10, 20, 50, 100, 250])
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_std_agrees_with_closed_form(sampler, steps, prediction_type):
     expected = CLOSED_FORM[sampler](steps)
     assert sampled_std(sampler, steps, prediction_type) == pytest.approx(expected, abs=0.005)
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "ddpm small", "ddpm large", "solver", "solver linspace"])
-def test_std_agrees_with_closed_form_at_full_length(sampler):
-    assert sampled_std(sampler, 1000, "sample") == pytest.approx(CLOSED_FORM[sampler](1000), abs=0.005)
+@pytest.mark.slow
+@pytest.mark.parametrize("prediction_type", ["sample", "epsilon", "v_prediction"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_std_agrees_with_closed_form_at_full_length(sampler, prediction_type):
+    assert sampled_std(sampler, 1000, prediction_type) == pytest.approx(CLOSED_FORM[sampler](1000), abs=0.005)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
