@@ -23,7 +23,7 @@ PAPER = {  # Dice on REFUGE-2, BraTS-2021 and DDTI (arXiv 2211.00611v5, ablation
 PAPER_SETS = ("optic cup, REFUGE-2", "brain tumour, BraTS-2021", "thyroid nodule, DDTI")
 NEAREST = (("DRISHTI_roi", 1), ("LGG_MRI", 0), ("TG3K_thyroid", 0))  # the set and class that stand for each of these
 PARTS = ("optic cup", "brain tumour", "thyroid gland")
-SCORES = {"dice": "Dice", "iou": "IoU", "hd95": "HD95", "ece": "ECE", "ged": "GED", "matched_iou": "matched IoU"}
+SCORES = {"dice": "Dice", "iou": "IoU", "hd95": "HD95", "ece": "ECE", "ged": "GED*", "matched_iou": "matched IoU*"}
 DIGITS = {"hd95": 1, "ece": 4}
 
 
