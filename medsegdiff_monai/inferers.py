@@ -70,6 +70,17 @@ class DiffusionTrainingInferer(DiffusionInferer):
         return torch.tanh(logits.to(mask.dtype) / 2)
 
 
+def _count(name: str, value: int | str) -> int:
+    """Read a number of at least 1, which servers send as text."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = float("nan")
+    if not (number >= 1 and number.is_integer()):
+        raise InputError(f"{name}={value} must be a whole number of at least 1.")
+    return int(number)
+
+
 class DiffusionEnsembleInferer(Inferer):
     """Draw several masks for an image and return their probabilities, members as channels.
 
@@ -121,12 +132,9 @@ class DiffusionEnsembleInferer(Inferer):
         amp: bool | str = False,
     ) -> None:
         super().__init__()
-        if any(n is not None and (n < 1 or n != int(n)) for n in (num_members, num_steps, member_batch_size)):
-            raise InputError(
-                f"num_members={num_members}, num_steps={num_steps} and member_batch_size={member_batch_size} must be "
-                "whole numbers of at least 1."
-            )
-        if num_steps > scheduler.num_train_timesteps:
+        self.num_members = _count("num_members", num_members)
+        self.num_steps = _count("num_steps", num_steps)
+        if self.num_steps > scheduler.num_train_timesteps:
             raise InputError(
                 f"num_steps={num_steps} is more than the num_train_timesteps={scheduler.num_train_timesteps} that the "
                 "network is trained on: take fewer steps."
@@ -134,16 +142,16 @@ class DiffusionEnsembleInferer(Inferer):
         if isinstance(scheduler, MonaiDDPMScheduler):
             raise InputError(
                 "MONAI's DDPMScheduler draws noise that no seed of a member decides, and is right at full length only: "
-                "scheduler#_target_ must be medsegdiff_monai.schedulers.DDPMScheduler."
+                "take medsegdiff_monai.schedulers.DDPMScheduler."
             )
         if agreement_threshold is not None and not 0 < agreement_threshold <= 1:
             raise InputError(f"agreement_threshold={agreement_threshold} is a Dice: above 0, at most 1.")
         self.scheduler: Any = scheduler
         self.num_classes = num_classes
         self.roi_size = tuple(roi_size)
-        self.num_members = num_members
-        self.num_steps = num_steps
-        self.member_batch_size = member_batch_size or (num_members if agreement_threshold is None else 1)
+        if member_batch_size is None:
+            member_batch_size = self.num_members if agreement_threshold is None else 1
+        self.member_batch_size = _count("member_batch_size", member_batch_size)
         self.agreement_threshold = agreement_threshold
         self.progress = progress
         self.seed = seed

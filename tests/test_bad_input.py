@@ -152,16 +152,21 @@ BAD_VALUES = {
     "regions and classes differ": ({"regions": {"a": [1]}}, "num_classes=2"),
     "no such fusion": ({"fusion": "median"}, "staple"),
     "no members": ({"num_members": 0}, "num_members=0"),
+    "half a step": ({"num_steps": 2.5}, "num_steps=2.5"),
     "no boolean": ({"amp": "maybe"}, "'maybe'"),
     "no such split": ({"eval_split": "holdout"}, "eval_split='holdout'"),
 }
 
 
+@pytest.mark.parametrize("config", ["evaluate", "inference"])
 @pytest.mark.parametrize("case", BAD_VALUES)
-def test_bad_value(case, data, bundle, tmp_path):
+def test_bad_value(case, config, data, bundle, tmp_path):
     values, words = BAD_VALUES[case]
+    if config == "inference" and "eval_split" in values:
+        values = {"infer_split": values["eval_split"]}
+        words = words.replace("eval", "infer")
     with pytest.raises(RuntimeError) as error:
-        bundle("evaluate", dataset_dir=data, **{**VOLUME_SETTINGS, **values})
+        bundle(config, dataset_dir=data, **{**VOLUME_SETTINGS, **values})
     assert words in message(error.value)
 
 

@@ -210,7 +210,10 @@ def test_progress_counts_every_pass(network):
     [
         ({"num_members": 0}, "num_members=0.* at least 1"),
         ({"member_batch_size": 0}, "member_batch_size=0"),
-        ({"num_steps": 2.5}, "num_steps=2.5.*whole numbers"),
+        ({"num_steps": 2.5}, "num_steps=2.5 must be a whole number"),
+        ({"num_steps": "two"}, "num_steps=two must be a whole number"),
+        ({"num_steps": float("inf")}, "num_steps=inf must be a whole number"),
+        ({"num_members": None}, "num_members=None must be a whole number"),
         ({"num_steps": 1001}, "num_steps=1001 is more than the num_train_timesteps=1000.*fewer"),
         ({"agreement_threshold": 1.5}, "agreement_threshold=1.5"),
     ],
@@ -220,8 +223,14 @@ def test_numbers_out_of_range_are_refused(wrong, message):
         inferer(**wrong)
 
 
+def test_numbers_may_be_text_as_servers_send_it(network):
+    image = torch.rand(1, 1, 8, 8)
+    few = inferer(num_members="3", num_steps="2", member_batch_size=2.0)
+    torch.testing.assert_close(few(image, network), inferer()(image, network), atol=1e-5, rtol=0)
+
+
 def test_a_sampler_whose_noise_is_not_the_members_is_refused():
-    with pytest.raises(InputError, match=r"scheduler#_target_ must be medsegdiff_monai\.schedulers\.DDPMScheduler"):
+    with pytest.raises(InputError, match=r"take medsegdiff_monai\.schedulers\.DDPMScheduler"):
         DiffusionEnsembleInferer(MonaiDDPMScheduler(), num_classes=1, roi_size=(8, 8))
 
 

@@ -137,7 +137,7 @@ class DiffusionScheduler(Scheduler):
                 f"{self.betas.max():g}; they must be above 0 and below 1. Choose other beta_start and beta_end."
             )
         if rescale_betas_zero_snr and num_train_timesteps < 2:
-            raise ValueError("rescale_betas_zero_snr needs num_train_timesteps of at least 2.")
+            raise ValueError(f"num_train_timesteps is {num_train_timesteps}; rescale_betas_zero_snr needs at least 2.")
         self.prediction_type = prediction_type
         self.timestep_spacing = timestep_spacing
         self.clip_sample = clip_sample

@@ -359,7 +359,7 @@ X = torch.zeros(2, 1, 4, 4)
         (lambda: DDIMScheduler(beta_start=0.0), r"'linear_beta' .*'beta_start': 0.0.* betas from 0 to 0.02"),
         (
             lambda: DDIMScheduler(1, rescale_betas_zero_snr=True),
-            "rescale_betas_zero_snr needs num_train_timesteps of at least 2",
+            "num_train_timesteps is 1; rescale_betas_zero_snr needs at least 2",
         ),
         (
             lambda: stepped().step(X, 998, X),
