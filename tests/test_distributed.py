@@ -49,6 +49,8 @@ def one_process(rank: int, port: str, log: Path, files: list[str], settings: dic
     with (log / f"rank{rank}.log").open("w", buffering=1) as out:
         sys.stdout = sys.stderr = out
         logging.basicConfig(stream=out, level=logging.INFO)  # logging.conf's stream is what pytest captures
+        # torch renews its thread pool at the first use after a fork, not safe from several threads: before they start
+        torch.set_num_threads(torch.get_num_threads())
         try:
             run(config_file=files, logging_file=False, **settings)
         except BaseException:
