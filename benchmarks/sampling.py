@@ -202,12 +202,14 @@ def shipped(setting: Setting) -> tuple[str, int, int]:
     return next(n for n, c in SAMPLERS.items() if c.__name__ == target), parser["num_steps"], parser["num_members"]
 
 
-def peers(trained_peers: dict[str, tuple[Peer, nn.Module, int]], rows: Rows, cases: Cases) -> Iterator[tuple[str, Any]]:
+def peers(
+    trained_peers: dict[str, tuple[Peer, nn.Module, int]], rows: Rows, cases: Cases, seed: int
+) -> Iterator[tuple[str, Any]]:
     """Score one sample of each peer, and yield what segments an image, to be timed."""
     for name, (peer, trained, _) in trained_peers.items():
         segment = torch.no_grad()(partial(peer.segment, trained))
         if not rows.has(method=name):
-            torch.manual_seed(0)
+            torch.manual_seed(seed)
             dice = cases.dice(list(segment(cases.images)))
             rows.add(
                 method=name,
@@ -365,7 +367,7 @@ def main() -> None:
     iterations = {name: count for name, (_, _, count) in fitted.items()}
     cases, (_, net, _) = Cases(setting), fitted.pop("ours")
     grid(setting, rows, net, cases)
-    segmenters = dict(peers(fitted, rows, cases))
+    segmenters = dict(peers(fitted, rows, cases, setting.seed))
     image = cases.images[:1]
     lines = [*against_default(setting, rows), *ratios(setting, net, image, segmenters)]
     clock(setting, rows, net, image, segmenters)

@@ -154,7 +154,7 @@ BAD_VALUES = {
     "no members": ({"num_members": 0}, "num_members=0"),
     "half a step": ({"num_steps": 2.5}, "num_steps=2.5"),
     "no boolean": ({"amp": "maybe"}, "'maybe'"),
-    "no such split": ({"eval_split": "holdout"}, "eval_split='holdout'"),
+    "no such split": ({"eval_split": "holdout", "infer_split": "holdout"}, "split='holdout'"),
 }
 
 
@@ -162,9 +162,6 @@ BAD_VALUES = {
 @pytest.mark.parametrize("case", BAD_VALUES)
 def test_bad_value(case, config, data, bundle, tmp_path):
     values, words = BAD_VALUES[case]
-    if config == "inference" and "eval_split" in values:
-        values = {"infer_split": values["eval_split"]}
-        words = words.replace("eval", "infer")
     with pytest.raises(RuntimeError) as error:
         bundle(config, dataset_dir=data, **{**VOLUME_SETTINGS, **values})
     assert words in message(error.value)
