@@ -1,8 +1,12 @@
-"""Segmenters trained for the same time on the same data: U-Net, plain diffusion, and the method's two ideas.
+"""Segmenters trained for the same time on the same data: U-Net, plain diffusion, the method's two ideas and objective.
 
 ``python -m benchmarks.accuracy --data_root DIR`` trains the methods on each data set with each seed, in turns (see
 ``benchmarks.peers``), and appends a line to ``benchmarks/results.jsonl``; runs that are there are not repeated. Scores
-are of the shipped inference on the grid of the input, over the cases that evaluation uses.
+are of the shipped inference on the grid of the input: means over the cases that evaluation uses, but for those in which
+a score has no value.
+
+``ece_band`` and ``auroc`` look at a class within ``BAND`` voxels of its contours, true and predicted: whether its
+probability is right there, and whether the entropy of that probability tells wrong voxels from right ones.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ import hashlib
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,7 +32,10 @@ from monai.metrics import compute_dice, compute_hausdorff_distance, compute_iou
 from monai.transforms import LoadImage
 from torch import Tensor, nn
 
+from medsegdiff_monai.fusion import binary_entropy
 from medsegdiff_monai.metrics import (
+    boundary_band,
+    error_auroc,
     expected_calibration_error,
     generalised_energy_distance,
     hungarian_matched_iou,
@@ -41,11 +48,12 @@ from .peers import CONFIGS, Peer, Training, finish, ours, start, train_in_turns,
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results.jsonl"
 WORK = ROOT / "benchmarks" / "work" / "accuracy"
-METHODS = {
+METHODS: dict[str, tuple[Callable[[ConfigParser], Peer], str | Mapping[str, Any] | None]] = {
     "MONAI UNet": (unet, None),
     "plain DPM": (ours, "ablation_plain"),
     "+ dynamic conditioning": (ours, "ablation_dynamic_conditioning"),
     "+ FF-Parser": (ours, "ablation_ff_parser"),
+    "today's objective": (ours, {"objective": "mask"}),  # Dice + BCE of single masks
 }
 SMALL = {"roi_size": [64, 64], "channels": [16, 32, 64, 96]}
 SETS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -55,19 +63,22 @@ SETS: dict[str, tuple[str, dict[str, Any]]] = {
     "Hippocampus3D": ("hippocampus", {}),
 }
 WORST = 3  # cases that are named
+BAND = 3  # voxels on both sides of a contour
 RATERS = {"disc": "raters_disc", "cup": "raters_cup"}  # maps of how many of four raters agree, in DRISHTI_roi
 
 
-def configure(name: str, data: str, data_root: Path, seed: int, ablation: str | None = None) -> ConfigParser:
-    """Return a config of the bundle under the overlays of a data set and an ablation."""
+def configure(
+    name: str, data: str, data_root: Path, seed: int, variant: str | Mapping[str, Any] | None = None
+) -> ConfigParser:
+    """Return a config of the bundle under overlays of a data set and of a variant, a file's name or settings."""
     overlay, settings = SETS[data]
     files = [CONFIGS / f"{name}.json", CONFIGS / "datasets" / f"{overlay}.json"]
-    if ablation:
-        files.append(CONFIGS / "variants" / f"{ablation}.json")
+    if isinstance(variant, str):
+        files.append(CONFIGS / "variants" / f"{variant}.json")
     parser = ConfigParser()
     parser.read_config([str(file) for file in files])
     more = {"bundle_root": str(ROOT / "bundle"), "dataset_dir": str(data_root / data), "device": "cpu", "seed": seed}
-    parser.update({**settings, **more})
+    parser.update({**settings, **more, **(variant if isinstance(variant, Mapping) else {})})
     return parser
 
 
@@ -79,7 +90,7 @@ def raters_scores(item: dict, members: Tensor, names: Sequence[str]) -> dict[str
         members: probabilities (members, classes, *field).
         names: of the regions.
     """
-    scores: dict[str, list[float]] = {"ged": [], "matched_iou": []}
+    scores: dict[str, list[float]] = {"ged_unbiased": [], "matched_iou": []}
     for k, name in enumerate(names):
         label = Path(item["label"])
         agreement = LoadImage(image_only=True, ensure_channel_first=True)(
@@ -87,7 +98,7 @@ def raters_scores(item: dict, members: Tensor, names: Sequence[str]) -> dict[str
         )
         raters = nested_masks(agreement[0].as_tensor(), 4)
         masks = F.interpolate(members[:, k : k + 1], raters.shape[1:], mode="bilinear", align_corners=False)[:, 0] > 0.5
-        scores["ged"].append(generalised_energy_distance(masks, raters))
+        scores["ged_unbiased"].append(generalised_energy_distance(masks, raters))
         scores["matched_iou"].append(hungarian_matched_iou(masks, raters))
     return scores
 
@@ -142,7 +153,7 @@ def evaluate(parser: ConfigParser, run: Callable[[Tensor], Tensor], with_raters:
             "dice": compute_dice(mask, truth, ignore_empty=False)[0].tolist(),
             "iou": compute_iou(mask, truth, ignore_empty=False)[0].tolist(),
             "hd95": distance[0].tolist(),
-            "ece": expected_calibration_error(case.output["mean_prob"].as_tensor(), truth[0]).tolist(),
+            **calibration(case.output["prob"].as_tensor(), mask[0] > 0.5, truth[0] > 0.5),
         }
         if with_raters:
             found |= raters_scores(case.item, case.members, list(parser["regions"]))
@@ -155,8 +166,18 @@ def evaluate(parser: ConfigParser, run: Callable[[Tensor], Tensor], with_raters:
     return {**means, **failed, "cases": len(times), "seconds_per_image": round(statistics.median(times), 4)}
 
 
+def calibration(probability: Tensor, mask: Tensor, truth: Tensor) -> dict[str, list[float]]:
+    """Whether probabilities can be trusted, everywhere and near the contours; all (classes, *spatial)."""
+    band = boundary_band(mask, truth, BAND)
+    return {
+        "ece": expected_calibration_error(probability, truth).tolist(),
+        "ece_band": expected_calibration_error(probability, truth, where=band).tolist(),
+        "auroc": error_auroc(binary_entropy(probability), mask != truth, band).tolist(),
+    }
+
+
 def _mean(values: list[list[float]]) -> list[float]:
-    """Mean over cases for each class; distances to empty masks are not finite, and left out."""
+    """Mean over cases for each class; what has no value, such as distances to empty masks, is left out."""
     table = torch.tensor(values, dtype=torch.float64)
     table[~table.isfinite()] = float("nan")
     return [round(v, 5) for v in table.nanmean(0).tolist()]
@@ -164,9 +185,10 @@ def _mean(values: list[list[float]]) -> list[float]:
 
 def prepared(data: str, method: str, seed: int, options: argparse.Namespace) -> tuple[Peer, Training, Path]:
     """Return a method, its training, and the file of its weights."""
-    build, ablation = METHODS[method]
-    peer, training = start(build, configure("train", data, options.data_root, seed, ablation), options.seconds)
-    return peer, training, options.work_dir / f"{data} {method} {seed} {options.seconds:g}.pt"
+    build, variant = METHODS[method]
+    peer, training = start(build, configure("train", data, options.data_root, seed, variant), options.seconds)
+    name = " ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in known(data, method, seed, options).values())
+    return peer, training, options.work_dir / f"{name}.pt"
 
 
 def trained(data: str, method: str, seed: int, options: argparse.Namespace) -> tuple[Peer, nn.Module, int]:
@@ -182,9 +204,8 @@ def run(
     module, iterations = finish(training, file)
     config = configure("evaluate", data, options.data_root, seed, METHODS[method][1])
     scores = evaluate(config, partial(peer.segment, module), data == "DRISHTI_roi")
-    known = key(data, method, seed, options.seconds)
     how = {"iterations": iterations, "learning_rate": training.lr}
-    return {**known, **how, **describe(config, module, peer.passes), **scores}
+    return {**known(data, method, seed, options), **how, **describe(config, module, peer.passes), **scores}
 
 
 def shipped(options: argparse.Namespace) -> dict[str, Any]:
@@ -212,9 +233,17 @@ def describe(config: ConfigParser, module: nn.Module, passes: int) -> dict[str, 
     }
 
 
-def key(data: str, method: str, seed: int, seconds: float) -> dict[str, Any]:
-    """What tells one run from another."""
-    return {"data": data, "method": method, "seed": seed, "seconds": seconds}
+def key(data: str, method: str, seed: int, seconds: float, objective: str | None = None) -> dict[str, Any]:
+    """What tells one run from another; only our own trainings have an objective."""
+    run = {"data": data, "method": method, "seed": seed, "seconds": seconds}
+    return run if objective is None else {**run, "objective": objective}
+
+
+def known(data: str, method: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+    """The key of a run of one of the methods."""
+    build, variant = METHODS[method]
+    config = configure("train", data, options.data_root, seed, variant)
+    return key(data, method, seed, options.seconds, config.get_parsed_content("objective") if build is ours else None)
 
 
 def is_known(results: Path, known: dict[str, Any]) -> bool:
@@ -249,7 +278,7 @@ def main() -> None:
         return
     for seed in options.seeds:  # all sets get a first figure before any gets a second
         for data in options.data:
-            todo = [m for m in options.methods if not is_known(options.results, key(data, m, seed, options.seconds))]
+            todo = [m for m in options.methods if not is_known(options.results, known(data, m, seed, options))]
             started = {method: prepared(data, method, seed, options) for method in todo}
             train_in_turns({file: training for _, training, file in started.values() if not file.is_file()})
             for method, parts in started.items():

@@ -57,7 +57,7 @@ def curve(name: str, seconds: float, options: argparse.Namespace) -> list[dict[s
         save({**training.state_dict(), "rows": rows}, file)
         print(json.dumps(rows[-1]), flush=True)
 
-    known = key(DATA, method, options.seed, seconds)
+    known = key(DATA, method, options.seed, seconds, parser.get_parsed_content("objective"))
     if not is_known(options.results, known):
         config = configure("evaluate", DATA, options.data_root, options.seed, overlay)
         scores = evaluate(config, partial(peer.segment, average), with_raters=False)
@@ -79,7 +79,7 @@ def write(rows: list[dict[str, Any]], output_dir: Path) -> None:
     axis = figure.subplots()
     for name, (_, overlay) in OBJECTIVES.items():
         some = [row for row in rows if row["objective"] == name]
-        label = "default: the mask, Dice + BCE" if overlay is None else "paper: the noise, MSE"
+        label = "default: several masks, scored together" if overlay is None else "paper: the noise, MSE"
         axis.plot([r["seconds"] / 60 for r in some], [r["dice"] for r in some], marker="o", label=label)
     axis.set(xscale="log", xlabel="minutes of training on one CPU thread", ylabel="validation Dice", ylim=(0, 1))
     axis.legend()

@@ -41,7 +41,7 @@ def reliability(cases: list[Case]) -> tuple[Tensor, Tensor, Tensor]:
     """Mean probability, share of true voxels and number of voxels in each bin of probability, over all cases."""
     sums = torch.zeros(3, BINS, dtype=torch.float64)
     for case in cases:
-        p = case.output["mean_prob"].as_tensor().flatten().double()
+        p = case.output["prob"].as_tensor().flatten().double()
         y = case.masks[1].flatten().double()
         bins = (p * BINS).long().clamp(max=BINS - 1)
         for row, weights in zip(sums, (p, y, torch.ones_like(p))):

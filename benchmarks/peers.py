@@ -22,16 +22,29 @@ from monai.bundle import ConfigParser
 from monai.inferers import DiffusionInferer, SlidingWindowInferer
 from monai.networks.nets import DiffusionModelUNet, UNet
 from monai.networks.schedulers import DDIMScheduler, DDPMScheduler
-from monai.utils import set_determinism
+from monai.utils import convert_to_tensor, set_determinism
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from medsegdiff_monai.files import replacing
-from medsegdiff_monai.losses import DiffusionSegmentationLoss
+from medsegdiff_monai.objective import mask_loss
 
 from .forward import parameters
 
-__all__ = ["CONFIGS", "PEERS", "Peer", "Training", "finish", "ours", "save", "start", "train_in_turns", "unet"]
+__all__ = [
+    "CONFIGS",
+    "PEERS",
+    "Peer",
+    "Training",
+    "each_rater",
+    "finish",
+    "matching_unet",
+    "ours",
+    "save",
+    "start",
+    "train_in_turns",
+    "unet",
+]
 
 CONFIGS = Path(__file__).parent.parent / "bundle" / "configs"
 
@@ -47,7 +60,8 @@ class Peer:
 
     Attributes:
         module: what is trained.
-        loss: loss of images (batch, channels, *spatial) and masks (batch, classes, *spatial) in {0, 1}.
+        loss: loss of images (batch, channels, *spatial) and the masks of their raters (batch, raters, classes,
+            *spatial) in {0, 1}.
         segment: probabilities of images on the network's field, given the trained module; members as channels.
         passes: network passes per image.
         learning_rate: first learning rate, where it is not the config's.
@@ -60,8 +74,23 @@ class Peer:
     learning_rate: float | None = None
 
 
+def each_rater(logits: Tensor, raters: Tensor) -> Tensor:
+    """Mean over raters of the Dice + BCE of one mask.
+
+    Args:
+        logits: (batch, classes, *spatial).
+        raters: masks (batch, raters, classes, *spatial) in {0, 1}.
+    """
+    return mask_loss(logits[:, None].expand_as(raters).flatten(0, 1), raters.flatten(0, 1))
+
+
+def one_rater(raters: Tensor) -> Tensor:
+    """The mask (batch, classes, *spatial) of a rater who is drawn for each image."""
+    return raters[torch.arange(len(raters)), torch.randint(raters.shape[1], (len(raters),))]
+
+
 def ours(parser: ConfigParser) -> Peer:
-    """What ``train.json`` trains, sampled as ``inference.json`` does; overlays of ablations apply."""
+    """What ``train.json`` trains, with the config's ``objective``, sampled as ``inference.json`` does."""
     network, loss, prepare, noised = (
         parser.get_parsed_content(name)
         for name in ("network_def", "loss", "train#trainer#prepare_batch", "train#inferer")
@@ -71,42 +100,49 @@ def ours(parser: ConfigParser) -> Peer:
     parser["validate#inferer"].update({"num_members": members, "num_steps": steps})
     infer = parser.get_parsed_content("validate#inferer")
 
-    def step(image: Tensor, mask: Tensor) -> Tensor:
-        inputs, target, _, more = prepare({"image": image, "label": mask})
+    def step(image: Tensor, raters: Tensor) -> Tensor:
+        inputs, target, _, more = prepare({"image": image, "label": raters})
         return loss(noised(inputs, network, **more), target)
 
     return Peer(network, step, lambda trained, image: infer(image, trained), members * steps)
 
 
-def unet(parser: ConfigParser) -> Peer:
+def matching_unet(parser: ConfigParser, out_channels: int, dropout: float = 0.0) -> UNet:
     """MONAI's ``UNet`` with residual units, as wide as it takes to have about the parameters of our network."""
     levels = len(parser["channels"])
     target = parameters(parser.get_parsed_content("network_def"))
 
     def build(width: int) -> UNet:
-        channels = [width * 2**i for i in range(levels)]
         return UNet(
             parser["spatial_dims"],
             parser["in_channels"],
-            parser["num_classes"],
-            channels,
+            out_channels,
+            channels=[width * 2**i for i in range(levels)],
             strides=[2] * (levels - 1),
             num_res_units=2,
+            dropout=dropout,
         )
 
-    net = build(min(range(8, 97, 4), key=lambda width: abs(parameters(build(width)) - target)))
-    loss = DiffusionSegmentationLoss()  # Dice and cross-entropy of logits
+    return build(min(range(8, 97, 4), key=lambda width: abs(parameters(build(width)) - target)))
+
+
+def unet(parser: ConfigParser) -> Peer:
+    """MONAI's ``UNet``, trained on Dice and BCE with each rater."""
+    net = matching_unet(parser, parser["num_classes"])
     window = SlidingWindowInferer(parser["roi_size"], 1, 0.5, mode="gaussian")  # as for ours
 
     def segment(trained: nn.Module, image: Tensor) -> Tensor:
         whole = list(image.shape[2:]) == list(parser["roi_size"])
         return (trained(image) if whole else window(image, trained)).sigmoid()
 
-    return Peer(net, lambda image, mask: loss(net(image), mask), segment, 1, UNET_LEARNING_RATE)
+    return Peer(net, lambda image, raters: each_rater(net(image), raters), segment, 1, UNET_LEARNING_RATE)
 
 
 def monai_diffusion(parser: ConfigParser) -> Peer:
-    """MONAI's ``DiffusionModelUNet`` of our width on mask and image, epsilon-MSE, sampled by its own DDIM."""
+    """MONAI's ``DiffusionModelUNet`` of our width on mask and image, epsilon-MSE, sampled by its own DDIM.
+
+    It learns from one rater of each image at a time, who is drawn.
+    """
     net = DiffusionModelUNet(
         spatial_dims=parser["spatial_dims"],
         in_channels=parser["in_channels"] + parser["num_classes"],
@@ -121,7 +157,8 @@ def monai_diffusion(parser: ConfigParser) -> Peer:
     sampler = DDIMScheduler(num_train_timesteps=1000)
     sampler.set_timesteps(MONAI_STEPS)
 
-    def loss(image: Tensor, mask: Tensor) -> Tensor:
+    def loss(image: Tensor, raters: Tensor) -> Tensor:
+        mask = one_rater(raters)
         noise, timesteps = torch.randn_like(mask), torch.randint(0, 1000, (len(mask),))
         out = inferer(2 * mask - 1, net, noise, timesteps, condition=image, mode="concat")
         return (out - noise).square().mean()
@@ -135,7 +172,10 @@ def monai_diffusion(parser: ConfigParser) -> Peer:
 
 
 def med_seg_diff_pytorch(parser: ConfigParser) -> Peer:
-    """The class ``MedSegDiff`` of ``med-seg-diff-pytorch`` at our width: epsilon-MSE, T = 1000, its own sampler."""
+    """The class ``MedSegDiff`` of ``med-seg-diff-pytorch`` at our width: epsilon-MSE, T = 1000, its own sampler.
+
+    It learns from one rater of each image at a time, who is drawn.
+    """
     os.environ["TQDM_DISABLE"] = "1"  # a bar for each image
     from med_seg_diff_pytorch import MedSegDiff, Unet
 
@@ -153,7 +193,7 @@ def med_seg_diff_pytorch(parser: ConfigParser) -> Peer:
     def segment(trained: nn.Module, image: Tensor) -> Tensor:
         return trained.sample(image).clamp(0, 1)
 
-    return Peer(diffusion, lambda image, mask: diffusion(mask, image), segment, PEER_STEPS)
+    return Peer(diffusion, lambda image, raters: diffusion(one_rater(raters), image), segment, PEER_STEPS)
 
 
 PEERS = {"MONAI UNet": unet, "MONAI DiffusionModelUNet": monai_diffusion, "med-seg-diff-pytorch": med_seg_diff_pytorch}
@@ -169,7 +209,7 @@ class Training:
 
     Args:
         peer: what to train.
-        loader: batches with ``image`` and ``label``.
+        loader: batches with ``image`` (batch, channels, *spatial) and ``label`` (batch, raters, classes, *spatial).
         seconds: CPU time at which the learning rate has fallen to 0.
         lr: first learning rate.
     """
@@ -192,7 +232,8 @@ class Training:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.lr * (1 + math.cos(math.pi * self.elapsed / self.seconds)) / 2
             self.optimizer.zero_grad()
-            self.peer.loss(batch["image"].as_tensor(), batch["label"].as_tensor()).backward()
+            image, raters = (convert_to_tensor(batch[key], track_meta=False) for key in ("image", "label"))
+            self.peer.loss(image, raters).backward()
             nn.utils.clip_grad_norm_(self.peer.module.parameters(), 1.0)
             self.optimizer.step()
             self.average.update_parameters(self.peer.module)

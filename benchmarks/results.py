@@ -1,13 +1,15 @@
 """Write ``docs/results.md`` from the finished runs: ``python -m benchmarks.results``.
 
 The runs are the lines of ``benchmarks/results.jsonl`` (see ``benchmarks.accuracy``); what is said about them besides is
-in ``benchmarks/results_text.md``, whose ``{tables}``, ``{paper}``, ``{failures}`` and ``{sha256}`` they replace.
+in ``benchmarks/results_text.md``, whose ``{tables}``, ``{paper}``, ``{failures}`` and ``{sha256}`` they replace. Runs
+of a method are left out where later lines have it with another objective.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
@@ -23,13 +25,25 @@ PAPER = {  # Dice on REFUGE-2, BraTS-2021 and DDTI (arXiv 2211.00611v5, ablation
 PAPER_SETS = ("optic cup, REFUGE-2", "brain tumour, BraTS-2021", "thyroid nodule, DDTI")
 NEAREST = (("DRISHTI_roi", 1), ("LGG_MRI", 0), ("TG3K_thyroid", 0))  # the set and class that stand for each of these
 PARTS = ("optic cup", "brain tumour", "thyroid gland")
-SCORES = {"dice": "Dice", "iou": "IoU", "hd95": "HD95", "ece": "ECE", "ged": "GED*", "matched_iou": "matched IoU*"}
+SCORES = {
+    "dice": "Dice",
+    "iou": "IoU",
+    "hd95": "HD95",
+    "ece": "ECE",
+    "ece_band": "ECE in the band",
+    "auroc": "AUROC in the band",
+    "ged": "GED*",  # with each member's distance to itself, as measured until November 2026
+    "ged_unbiased": "unbiased GED*",
+    "matched_iou": "matched IoU*",
+}
 DIGITS = {"hd95": 1, "ece": 4}
 
 
 def spread(values: Iterable[float], digits: int = 3) -> str:
-    """Mean ± standard deviation over seeds."""
-    values = list(values)
+    """Mean ± standard deviation over seeds; of what has no value, nothing."""
+    values = [value for value in values if not math.isnan(value)]
+    if not values:
+        return ""
     mean = f"{statistics.mean(values):.{digits}f}"
     return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
@@ -45,14 +59,14 @@ def row(runs: list[dict[str, Any]], scores: list[str]) -> str:
     cells += [str(first["passes"]), f"{first['seconds_per_image']:.3f}"]
     cells.append(spread(statistics.mean(run["dice"]) for run in runs))
     for score in scores:
-        classes = zip(*(run[score] for run in runs))
+        classes = zip(*(run[score] for run in runs if score in run))
         cells.append(", ".join(spread(values, DIGITS.get(score, 3)) for values in classes))
     return "| " + " | ".join([*cells, str(len(runs))]) + " |"
 
 
 def table(data: str, runs: list[dict[str, Any]]) -> list[str]:
     """All methods on one data set, at one time of training."""
-    scores = [score for score in SCORES if all(score in run for run in runs)]
+    scores = [score for score in SCORES if any(score in run for run in runs)]
     head = ["method", "parameters, M", "learning rate", "iterations", "passes", "seconds / image", "mean Dice"]
     head += [*(SCORES[s] for s in scores), "seeds"]
     first = runs[0]
@@ -88,6 +102,16 @@ def beside_paper(runs: list[dict[str, Any]]) -> str:
             cells += [f"{value:.3f}", spread(own) if own else ""]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def current(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The runs of each method with the objective that its last line has; lines from before there were several, none."""
+
+    def method(run: dict[str, Any]) -> tuple:
+        return run["data"], run["method"], run["seconds"]
+
+    last = {method(run): run.get("objective") for run in runs}
+    return [run for run in runs if run.get("objective") == last[method(run)]]
 
 
 def versions(name: str, runs: list[dict[str, Any]]) -> list[str]:
@@ -127,7 +151,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results.md")
     options = parser.parse_args()
-    runs = [json.loads(line) for line in options.results.read_text().splitlines()]
+    runs = current([json.loads(line) for line in options.results.read_text().splitlines()])
     text = (ROOT / "benchmarks" / "results_text.md").read_text(encoding="utf-8")
     options.output.parent.mkdir(parents=True, exist_ok=True)
     for name, part in {"tables": tables, "paper": beside_paper, "failures": failures, "sha256": digest}.items():

@@ -53,13 +53,13 @@ def trainer(name: str) -> tuple[Callable[[], None], float]:
         parser["stem_stride"] = 1
     peer = BUILD[name](parser)
     optimizer = torch.optim.AdamW(peer.module.parameters(), lr=1e-4)
-    size = [parser["batch_size"], 1, *parser["roi_size"]]
-    image: Tensor = torch.randn(size[0], parser["in_channels"], *size[2:])
-    mask = (torch.rand(size) > 0.5).float()
+    batch, size = parser["batch_size"], parser["roi_size"]
+    image: Tensor = torch.randn(batch, parser["in_channels"], *size)
+    raters = (torch.rand(batch, 1, parser["num_classes"], *size) > 0.5).float()
 
     def iterate() -> None:
         optimizer.zero_grad()
-        peer.loss(image, mask).backward()
+        peer.loss(image, raters).backward()
         optimizer.step()
 
     return iterate, parameters(peer.module)

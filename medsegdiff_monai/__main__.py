@@ -54,10 +54,11 @@ def prepare(kind: str, source: str, output: str, **options: Any) -> None:
     """Turn a raw download into a data set in Decathlon layout; run again, it goes on where it stopped.
 
     Other flags are ``--seed``, ``--workers``, and those of the kind, such as ``--crop_disc true`` (refuge) or
-    ``--slices 2D --regions whole`` (brats).
+    ``--slices 2D --regions whole`` (brats) or ``--raters channels`` (folder).
 
     Args:
-        kind: ``refuge``, ``brats``, ``ddti``, ``decathlon`` or ``folder`` (images/ and labels/ matched by name).
+        kind: ``refuge``, ``brats``, ``ddti``, ``decathlon`` or ``folder`` (images/ and labels/ matched by name; several
+            raters in labels_1/, labels_2/ ..., or in the channels or bits of each label picture).
         source: folder of the download; it is never altered.
         output: folder to write to.
     """

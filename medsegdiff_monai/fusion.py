@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from itertools import combinations
+from collections.abc import Callable, Iterable
 
 import itk
 import numpy as np
@@ -11,11 +10,22 @@ import torch
 from torch import Tensor
 
 from .errors import InputError
+from .metrics import common_voxels
 
-__all__ = ["FUSIONS", "MemberSummary", "binary_entropy", "check_fusion", "staple"]
+__all__ = [
+    "FUSIONS",
+    "MemberSummary",
+    "binary_entropy",
+    "check_fusion",
+    "dice_matrix",
+    "expected_dice_threshold",
+    "most_different",
+    "staple",
+]
 
 
-MAX_ITERATIONS = 500  # masks that have something in common take about ten
+MAX_ITERATIONS = 500  # of STAPLE; masks that have something in common take about ten
+LEVELS = 1024  # thresholds that expected Dice tries; a power of two, so that float32 compares with them exactly
 
 
 def _disagreement_box(votes: np.ndarray) -> tuple[slice, ...] | None:
@@ -75,6 +85,68 @@ def binary_entropy(probability: Tensor) -> Tensor:
     return (torch.special.entr(probability) + torch.special.entr(1 - probability)) / np.log(2)
 
 
+def dice_matrix(masks: Tensor) -> Tensor:
+    """Dice of each mask with each; two empty masks have 1.
+
+    Args:
+        masks: boolean (members, *spatial).
+
+    Returns:
+        (members, members), float64, on the CPU.
+    """
+    common = common_voxels(masks, masks)
+    total = common.diag()[:, None] + common.diag()
+    return torch.where(total > 0, 2 * common / total.clamp(min=1), 1.0)
+
+
+def most_different(masks: Tensor, number: int = 3) -> list[int]:
+    """Choose the members that differ most: the pair of least Dice, then each time the one farthest from all chosen.
+
+    Args:
+        masks: boolean (members, classes, *spatial); the classes count together.
+        number: how many to choose, where there are as many.
+
+    Returns:
+        Their numbers from 0, rising; none where there is one member only. Of equal ones the first are taken.
+    """
+    dice = dice_matrix(masks.flatten(1))
+    if len(dice) < 2:
+        return []
+    dice.fill_diagonal_(torch.inf)  # no member is chosen twice
+    chosen = [int(dice.amin(1).argmin())]
+    while len(chosen) < min(number, len(dice)):
+        chosen.append(int(dice[chosen].amax(0).argmin()))
+    return sorted(chosen)
+
+
+def expected_dice_threshold(mean: Tensor, votes: Tensor) -> float:
+    """Find the threshold of the members' mean whose mask has the greatest mean Dice with the members' masks.
+
+    That mask has the least Bayes risk, 1 - Dice, among those that a threshold gives, if the truth is as likely to be
+    one member as another. Two empty masks have Dice 1. Of thresholds that are as good, the one nearest to one half is
+    taken.
+
+    Args:
+        mean: probability (*spatial).
+        votes: boolean (members, *spatial), on the same device.
+
+    Returns:
+        A multiple of 1 / 1024 in [0, 1]; values above it are in the mask, so that 1 makes it empty.
+    """
+    level = (mean.flatten() * LEVELS).ceil().long()  # how many thresholds the value is above
+
+    def above(levels: Tensor) -> Tensor:
+        """How many voxels are in the mask of each threshold, (thresholds,)."""
+        counts = torch.bincount(levels, minlength=LEVELS + 1).cpu()
+        return (len(levels) - counts.cumsum(0)).double()
+
+    common = torch.stack([above(level[vote]) for vote in votes.flatten(1)])
+    total = above(level) + votes.flatten(1).sum(1).cpu().double()[:, None]
+    dice = torch.where(total > 0, 2 * common / total.clamp(min=1), 1.0).mean(0)
+    best = torch.arange(LEVELS + 1)[dice > dice.max() - 1e-12] / LEVELS
+    return float(best[(best - 0.5).abs().argmin()])
+
+
 class MemberSummary:
     """What fusion and uncertainty need of an ensemble's members, gathered as they arrive.
 
@@ -82,12 +154,14 @@ class MemberSummary:
 
     Args:
         members: probabilities of each member, (classes, *spatial), on one device.
+        binarise: makes a member's masks of its probabilities, such as
+            :meth:`medsegdiff_monai.transforms.Regions.binarise`; by default each class is cut at one half.
 
     Raises:
         InputError: where there are no members.
     """
 
-    def __init__(self, members: Iterable[Tensor]) -> None:
+    def __init__(self, members: Iterable[Tensor], binarise: Callable[[Tensor], Tensor] | None = None) -> None:
         votes: list[Tensor] = []
         for member in members:
             member = member.float()
@@ -95,7 +169,7 @@ class MemberSummary:
                 self._probability, self._entropy = torch.zeros_like(member), torch.zeros_like(member)
             self._probability += member
             self._entropy += binary_entropy(member)
-            votes.append(member > 0.5)
+            votes.append(member > 0.5 if binarise is None else binarise(member))
         if not votes:
             raise InputError("an ensemble without members cannot be fused: num_members must be at least 1.")
         self.votes = torch.stack(votes)  # (members, classes, *spatial)
@@ -109,11 +183,13 @@ class MemberSummary:
         """Fuse the members.
 
         Args:
-            fusion: ``staple`` (of the masks, class by class), ``mean`` (of the probabilities) or ``vote`` (share of
-                members whose mask has the class).
+            fusion: ``staple`` (of the masks, class by class), ``mean`` (of the probabilities), ``vote`` (share of
+                members whose mask has the class) or ``expected_dice`` (the mean, cut where the mean Dice of the mask
+                with the members' is greatest, and rescaled so that this threshold becomes one half).
 
         Returns:
-            Fused probability (classes, *spatial), float32.
+            A value in [0, 1] for each class, (classes, *spatial), float32: above one half the class is in the mask.
+            :attr:`mean` is the probability.
         """
         return FUSIONS[fusion](self)
 
@@ -139,14 +215,9 @@ class MemberSummary:
 
     def pairwise_dice(self) -> Tensor:
         """Mean Dice over all pairs of members, (classes,), float64; two empty masks agree, one member gives NaN."""
-        sizes = self.sizes()
-        pairs = list(combinations(range(len(self.votes)), 2))
-        scores = torch.full((len(pairs), sizes.shape[1]), float("nan"), dtype=torch.float64)
-        for score, (a, b) in zip(scores, pairs):
-            common = (self.votes[a] & self.votes[b]).flatten(1).sum(1).cpu()
-            total = sizes[a] + sizes[b]
-            score.copy_(torch.where(total > 0, 2 * common / total.clamp(min=1), 1.0))
-        return scores.mean(0)
+        n = len(self.votes)
+        matrices = [dice_matrix(self.votes[:, k]) for k in range(self.votes.shape[1])]
+        return torch.stack([(m.sum() - m.trace()) / (n * (n - 1)) for m in matrices])
 
 
 def _fuse_staple(members: MemberSummary) -> Tensor:
@@ -163,4 +234,18 @@ def _fuse_vote(members: MemberSummary) -> Tensor:
     return members.votes.float().mean(0)
 
 
-FUSIONS = {"staple": _fuse_staple, "mean": _fuse_mean, "vote": _fuse_vote}
+def _fuse_expected_dice(members: MemberSummary) -> Tensor:
+    pairs = zip(members.mean, members.votes.transpose(0, 1))
+    return torch.stack([_moved_to_half(mean, expected_dice_threshold(mean, votes)) for mean, votes in pairs])
+
+
+def _moved_to_half(probability: Tensor, threshold: float) -> Tensor:
+    """Rescale probabilities below and above a threshold so that it becomes one half; their order stays."""
+    below = 0.5 * probability / max(threshold, 1 / LEVELS)
+    above = 0.5 + 0.5 * (probability - threshold) / max(1 - threshold, 1 / LEVELS)
+    half = torch.tensor(0.5, device=probability.device)
+    above = above.maximum(half.nextafter(half + 1))  # what is just above the threshold is not rounded to one half
+    return torch.where(probability > threshold, above, below.minimum(half))
+
+
+FUSIONS = {"staple": _fuse_staple, "mean": _fuse_mean, "vote": _fuse_vote, "expected_dice": _fuse_expected_dice}

@@ -1,4 +1,4 @@
-"""Inferers: one training pass, and a seeded ensemble of samples."""
+"""A seeded ensemble of samples."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from monai.data import MetaTensor
-from monai.inferers import DiffusionInferer, Inferer, SlidingWindowInferer
+from monai.inferers import Inferer, SlidingWindowInferer
 from monai.metrics import compute_dice
 from monai.networks import eval_mode
 from monai.networks.schedulers import DDPMScheduler as MonaiDDPMScheduler
@@ -21,53 +21,9 @@ from torch import Tensor
 from .errors import InputError
 from .settings import amp_dtype
 
-__all__ = ["DiffusionEnsembleInferer", "DiffusionTrainingInferer"]
+__all__ = ["DiffusionEnsembleInferer"]
 
 logger = logging.getLogger(__name__)
-
-
-class DiffusionTrainingInferer(DiffusionInferer):
-    """MONAI's ``DiffusionInferer`` under autocast on any device (MONAI's trainer has it for CUDA only).
-
-    With ``own_guess``, some items are noised not from the true mask but from what the network makes of pure noise,
-    while the target stays the true mask. In sampling the network meets its own masks: without this it trusts what shows
-    through the noise, and keeps its errors.
-
-    Args:
-        scheduler: adds the noise.
-        amp: see :func:`medsegdiff_monai.settings.amp_dtype`.
-        own_guess: share of the items that are not all noise, noised from the network's own guess; only where it
-            predicts the mask (``sample``).
-    """
-
-    def __init__(self, scheduler: Scheduler, amp: bool | str = False, own_guess: float = 0.0) -> None:
-        super().__init__(scheduler)
-        self.amp = amp_dtype(amp)
-        self.own_guess = own_guess if scheduler.prediction_type == "sample" else 0.0
-
-    def __call__(  # type: ignore[override]
-        self, inputs: Tensor, diffusion_model: Any, *, timesteps: Tensor, condition: Tensor, **kwargs: Any
-    ) -> Tensor:
-        """Noise ``inputs`` (the mask) and return what the network makes of it; see MONAI's ``DiffusionInferer``."""
-        last = self.scheduler.num_train_timesteps - 1
-        chosen = (torch.rand(len(inputs)).to(timesteps.device) < self.own_guess) & (timesteps < last)
-        if chosen.any():
-            inputs = inputs.clone()
-            inputs[chosen] = self._guess(inputs[chosen], diffusion_model, condition[chosen])
-        with self._autocast(inputs):
-            return super().__call__(inputs, diffusion_model, timesteps=timesteps, condition=condition, **kwargs)
-
-    def _autocast(self, like: Tensor, **kwargs: Any) -> torch.autocast:
-        return torch.autocast(like.device.type, dtype=self.amp, enabled=self.amp is not None, **kwargs)
-
-    @torch.no_grad()
-    def _guess(self, mask: Tensor, network: Callable, image: Tensor) -> Tensor:
-        """The mask in [-1, 1] that the network, in training mode, makes of pure noise."""
-        last = torch.full((1,), self.scheduler.num_train_timesteps - 1, device=mask.device)
-        # weights cast here have no gradient, and must not be used again
-        with self._autocast(mask, cache_enabled=False):
-            logits = network(torch.randn_like(mask), last, image)
-        return torch.tanh(logits.to(mask.dtype) / 2)
 
 
 def _count(name: str, value: int | str) -> int:
@@ -122,7 +78,7 @@ class DiffusionEnsembleInferer(Inferer):
         num_classes: int,
         roi_size: Sequence[int],
         num_members: int = 5,
-        num_steps: int = 2,
+        num_steps: int = 1,
         seed: int = 0,
         overlap: float = 0.5,
         sw_batch_size: int = 1,

@@ -1,41 +1,102 @@
-"""Calibration, and agreement of an ensemble with several raters."""
+"""Calibration, errors that uncertainty tells of, and agreement of an ensemble with several raters."""
 
 from __future__ import annotations
 
 import math
 
 import torch
+from scipy.ndimage import distance_transform_edt
 from scipy.optimize import linear_sum_assignment
+from scipy.stats import rankdata
 from torch import Tensor
 
 __all__ = [
+    "RATER_SCORES",
+    "best_iou_per_rater",
+    "boundary_band",
+    "common_voxels",
+    "error_auroc",
     "expected_calibration_error",
     "generalised_energy_distance",
     "hungarian_matched_iou",
     "iou_matrix",
     "nested_masks",
+    "rater_scores",
+    "variance_ncc",
 ]
 
+PART = 2**20  # voxels that are counted in float32 at a time, which is exact up to 2^24
 
-def expected_calibration_error(probability: Tensor, truth: Tensor, num_bins: int = 20) -> Tensor:
+
+def expected_calibration_error(
+    probability: Tensor, truth: Tensor, num_bins: int = 20, where: Tensor | None = None
+) -> Tensor:
     """Mean distance between probability and frequency, weighted by the voxels of each bin (arXiv 1706.04599).
 
     In float64: MONAI's metric counts in float32, which ends at 2^24 voxels of a bin.
 
     Args:
         probability: (classes, *spatial), 0 to 1.
-        truth: (classes, *spatial), 0 or 1.
+        truth: (classes, *spatial), 0 or 1; of several raters the share that have the class.
         num_bins: bins of equal width.
+        where: boolean (classes, *spatial), the voxels that count, such as a :func:`boundary_band`; by default all.
 
     Returns:
-        (classes,), float64, on the CPU.
+        (classes,), float64, on the CPU; NaN where no voxel counts.
     """
+    where = torch.ones_like(truth, dtype=torch.bool) if where is None else where
     errors = []
-    for p, y in zip(probability.cpu().flatten(1).double(), truth.cpu().flatten(1).double()):
+    for values, wanted, some in zip(probability.cpu(), truth.cpu(), where.cpu()):
+        p, y = values[some].double(), wanted[some].double()
         bins = (p * num_bins).long().clamp(max=num_bins - 1)
         # of each bin, count * |mean probability - frequency|
         errors.append(torch.bincount(bins, weights=p - y, minlength=num_bins).abs().sum() / len(p))
     return torch.stack(errors)
+
+
+def boundary_band(a: Tensor, b: Tensor, width: float = 3) -> Tensor:
+    """Voxels near the contour of either of two masks, on both sides of it.
+
+    Where a probability is right or wrong is decided there; what is far from all contours is mostly certain, and would
+    flatter a score.
+
+    Args:
+        a: boolean (classes, *spatial).
+        b: boolean, same shape.
+        width: distance in voxels to the nearest voxel on the other side of the contour, at most.
+
+    Returns:
+        Boolean (classes, *spatial), on the CPU. A mask that is empty or full has no contour.
+    """
+    return torch.stack([_near_contour(x, width) | _near_contour(y, width) for x, y in zip(a.cpu(), b.cpu())])
+
+
+def _near_contour(mask: Tensor, width: float) -> Tensor:
+    if not mask.any() or mask.all():
+        return torch.zeros_like(mask)
+    inside, outside = (distance_transform_edt(side.numpy()) for side in (mask, ~mask))
+    return torch.from_numpy(inside + outside <= width)  # one of them is 0
+
+
+def error_auroc(uncertainty: Tensor, wrong: Tensor, where: Tensor) -> Tensor:
+    """Area under the ROC curve by which uncertainty tells wrong voxels from right ones.
+
+    It is the probability that a wrong voxel is more uncertain than a right one; ties count half.
+
+    Args:
+        uncertainty: (classes, *spatial).
+        wrong: boolean (classes, *spatial).
+        where: boolean (classes, *spatial), the voxels that count, such as a :func:`boundary_band`.
+
+    Returns:
+        (classes,), float64; NaN where all voxels are right, or all wrong.
+    """
+    areas = []
+    for values, errors, some in zip(uncertainty.cpu(), wrong.cpu(), where.cpu()):
+        ranks, bad = torch.from_numpy(rankdata(values[some].numpy())), errors[some]
+        n, rest = int(bad.sum()), int((~bad).sum())
+        areas.append((float(ranks[bad].sum()) - n * (n + 1) / 2) / (n * rest) if n and rest else math.nan)
+    return torch.tensor(areas, dtype=torch.float64)
 
 
 def nested_masks(agreement: Tensor, num_raters: int) -> Tensor:
@@ -54,6 +115,23 @@ def nested_masks(agreement: Tensor, num_raters: int) -> Tensor:
     return torch.stack([agreement >= n for n in range(1, num_raters + 1)])
 
 
+def common_voxels(a: Tensor, b: Tensor) -> Tensor:
+    """Number of voxels that each mask in ``a`` shares with each in ``b``.
+
+    Args:
+        a: boolean (m, *spatial).
+        b: boolean (n, *spatial).
+
+    Returns:
+        (m, n), float64, on the CPU.
+    """
+    a, b = a.flatten(1), b.flatten(1).to(a.device)
+    used = a.any(0) & b.any(0)  # most voxels are background: what follows is done without them
+    parts = zip(a[:, used].split(PART, 1), b[:, used].split(PART, 1))
+    counts = [(x.float() @ y.float().T).cpu().double() for x, y in parts]
+    return torch.stack(counts).sum(0)
+
+
 def iou_matrix(a: Tensor, b: Tensor) -> Tensor:
     """IoU of each mask in ``a`` with each in ``b``; two empty masks have 1.
 
@@ -64,27 +142,33 @@ def iou_matrix(a: Tensor, b: Tensor) -> Tensor:
     Returns:
         (m, n), float64, on the CPU.
     """
-    a, b = a.cpu().flatten(1).double(), b.cpu().flatten(1).double()
-    common = a @ b.T
-    union = a.sum(1)[:, None] + b.sum(1) - common
+    common = common_voxels(a, b)
+    sizes = [masks.flatten(1).sum(1).cpu().double() for masks in (a, b)]
+    union = sizes[0][:, None] + sizes[1] - common
     return torch.where(union > 0, common / union.clamp(min=1), 1.0)
 
 
 def generalised_energy_distance(members: Tensor, raters: Tensor) -> float:
-    """Squared generalised energy distance with 1 - IoU (Kohl et al., arXiv 1806.05034, equation 3).
+    """Squared generalised energy distance with d = 1 - IoU (Kohl et al., arXiv 1806.05034, equation 3), unbiased.
 
-    ``2 E d(S, Y) - E d(S, S') - E d(Y, Y')``, over all pairs, each with itself too.
+    ``2 E d(S, Y) - E d(S, S') - E d(Y, Y')``. The raters are the reference: all pairs of them count, each with itself
+    too. The members are a sample: pairs of different ones count only, so that the expectation does not depend on
+    their number. With a member's distance to itself, as the paper averages, a perfect sampler would be charged for
+    its spread, and one that repeats itself rewarded.
 
     Args:
         members: boolean (members, *spatial), S.
         raters: boolean (raters, *spatial), Y.
 
     Returns:
-        0 where both have the same distribution; the smaller the better.
+        The smaller the better; 0 in expectation where members are drawn from the raters, so that single cases may be
+        below. NaN for one member, which has no spread to compare.
     """
-    across, within, between = (
-        1 - iou_matrix(a, b).mean() for a, b in ((members, raters), (members, members), (raters, raters))
-    )
+    n = len(members)
+    if n < 2:
+        return math.nan
+    across, between = (1 - iou_matrix(masks, raters).mean() for masks in (members, raters))
+    within = (1 - iou_matrix(members, members)).sum() / (n * (n - 1))  # a mask is at no distance from itself
     return float(2 * across - within - between)
 
 
@@ -105,3 +189,63 @@ def hungarian_matched_iou(members: Tensor, raters: Tensor) -> float:
     scores = scores.repeat_interleave(common // scores.shape[0], 0).repeat_interleave(common // scores.shape[1], 1)
     rows, columns = linear_sum_assignment(scores.numpy(), maximize=True)
     return float(scores[rows, columns].mean())
+
+
+def best_iou_per_rater(members: Tensor, raters: Tensor) -> float:
+    """Mean over raters of the best IoU that any member has with them (D_max: whether each opinion is met by a member).
+
+    Args:
+        members: boolean (members, *spatial).
+        raters: boolean (raters, *spatial).
+
+    Returns:
+        In [0, 1]; the larger the better. It grows with the number of members.
+    """
+    return float(iou_matrix(members, raters).amax(0).mean())
+
+
+def variance_ncc(members: Tensor, raters: Tensor) -> float:
+    """Normalised cross-correlation of the members' variance with the raters', voxel by voxel.
+
+    Where a share p of the masks has a voxel, their variance there is p (1 - p). PHiSeg (arXiv 1906.04045) compares maps
+    of cross-entropy so.
+
+    Args:
+        members: boolean (members, *spatial).
+        raters: boolean (raters, *spatial).
+
+    Returns:
+        In [-1, 1]; the larger the better. 0 where the members' variance is the same everywhere, such as with one
+        member; NaN where the raters' is, such as 0 where they agree.
+    """
+    # n^2 p (1 - p), in whole numbers: a map that is constant is exactly so
+    counts = [(masks.flatten(1).sum(0), len(masks)) for masks in (members, raters)]
+    found, wanted = ((have * (n - have)).cpu().double() for have, n in counts)
+    if wanted.min() == wanted.max():
+        return math.nan
+    if found.min() == found.max():
+        return 0.0
+    found, wanted = found - found.mean(), wanted - wanted.mean()
+    return float((found * wanted).sum() / (found.norm() * wanted.norm()))
+
+
+RATER_SCORES = {
+    "ged": generalised_energy_distance,
+    "matched_iou": hungarian_matched_iou,
+    "best_iou": best_iou_per_rater,
+    "ncc": variance_ncc,
+}
+
+
+def rater_scores(members: Tensor, raters: Tensor) -> dict[str, list[float]]:
+    """All that this module says of members and raters, for each class.
+
+    Args:
+        members: boolean (members, classes, *spatial).
+        raters: boolean (raters, classes, *spatial).
+
+    Returns:
+        ``ged``, ``matched_iou``, ``best_iou`` and ``ncc``, a value for each class.
+    """
+    classes = range(members.shape[1])
+    return {name: [score(members[:, k], raters[:, k]) for k in classes] for name, score in RATER_SCORES.items()}

@@ -19,28 +19,22 @@ from monai.data import MetaTensor
 from monai.data.utils import to_affine_nd
 from monai.metrics import compute_dice, compute_iou
 from monai.transforms import EnsureChannelFirst, LoadImage
-from PIL import Image
 from torch import Tensor
 
-from .data.datalist import case_names, segmentation_file
+from .data.datalist import case_names
 from .distributed import gather, is_main
 from .files import write_atomically
-from .metrics import expected_calibration_error
+from .fusion import most_different
+from .metrics import RATER_SCORES, expected_calibration_error, rater_scores
+from .outputs import OUTPUTS, check_outputs, result_file
+from .pictures import overlay_bytes, palette_png_bytes
 from .transforms import Regions
 
-__all__ = ["CaseWriter", "nifti_bytes", "overlay_bytes", "read_source"]
+__all__ = ["CaseWriter", "distinct_members", "nifti_bytes", "raters_of", "read_source"]
 
 logger = logging.getLogger(__name__)
 
-COLOURS = np.array(
-    [(0, 0, 0), (230, 75, 53), (77, 187, 213), (243, 200, 60), (0, 160, 135), (132, 100, 190), (240, 130, 180)],
-    dtype=np.uint8,
-)  # background, then one for each label; further labels begin again
-
-
-def _colour(label: np.ndarray) -> np.ndarray:
-    index = label.astype(np.int64)
-    return COLOURS[np.where(index > 0, (index - 1) % (len(COLOURS) - 1) + 1, 0)]
+SCORES = ("dice", "iou", "ece", *RATER_SCORES)
 
 
 def read_source(item: Mapping[str, Any]) -> tuple[str, MetaTensor, np.ndarray]:
@@ -57,15 +51,39 @@ def read_source(item: Mapping[str, Any]) -> tuple[str, MetaTensor, np.ndarray]:
     return source, image, np.asarray(to_affine_nd(3, image.affine), dtype=np.float64)  # ITK's is 3 x 3 in 2D
 
 
-def nifti_bytes(array: np.ndarray, affine: np.ndarray, spatial_dims: int) -> bytes:
+def raters_of(item: Mapping[str, Any], output: Mapping[str, Any]) -> Tensor | None:
+    """The masks of a case's raters, boolean (raters, classes, *spatial); None where the data have none.
+
+    Args:
+        item: the case; what transforms added to it stays here.
+        output: what was made of it.
+    """
+    raters = {**item, **output}.get("raters")
+    return torch.as_tensor(np.asarray(raters.cpu())) > 0 if isinstance(raters, Tensor) else None
+
+
+def distinct_members(output: Mapping[str, Tensor], regions: Regions) -> dict[str, np.ndarray]:
+    """Label maps (1, *spatial) of the members to show, up to three that differ most; none of a single one.
+
+    Args:
+        output: what :class:`medsegdiff_monai.transforms.FuseMembersd` returns.
+        regions: what the channels of the masks are.
+    """
+    masks = output["member_masks"]
+    chosen = {f"member {i + 1} of {len(masks)}": masks[i] for i in most_different(masks)}
+    return {name: np.asarray(regions.label_map(mask).cpu()) for name, mask in chosen.items()}
+
+
+def nifti_bytes(array: np.ndarray, affine: np.ndarray, spatial_dims: int, squeeze: bool = True) -> bytes:
     """Return a gzipped NIfTI file.
 
     Args:
-        array: (channels, *spatial); one channel is written without a channel axis, several as the fourth axis.
+        array: (channels, *spatial); channels are the fourth axis of the file.
         affine: (4, 4), voxel to millimetres, RAS+.
         spatial_dims: 2 or 3.
+        squeeze: whether a single channel is written without that axis.
     """
-    if array.shape[0] == 1:
+    if squeeze and array.shape[0] == 1:
         array = array[0]
     else:
         array = np.moveaxis(array, 0, -1)
@@ -75,113 +93,41 @@ def nifti_bytes(array: np.ndarray, affine: np.ndarray, spatial_dims: int) -> byt
     return gzip.compress(image.to_bytes(), compresslevel=5, mtime=0)
 
 
-def _png_bytes(label: np.ndarray) -> bytes:
-    """Label map (x, y) as a palette PNG: the pixel values are the labels, the palette makes them visible."""
-    picture = Image.fromarray(np.ascontiguousarray(label.T), mode="P")
-    picture.putpalette(_colour(np.arange(256)).tobytes())
-    out = io.BytesIO()
-    picture.save(out, format="PNG")
-    return out.getvalue()
-
-
-def _slice(volume: np.ndarray, spatial_dims: int, index: int) -> np.ndarray:
-    """The plane to show: the image itself in 2D, one along the third axis in 3D; channels last."""
-    plane = volume if spatial_dims == 2 else volume[..., index]
-    return np.moveaxis(plane, 0, -1)
-
-
-def _grey(image: np.ndarray) -> np.ndarray:
-    """Scale (x, y, channels) to RGB in [0, 1]: three channels as colours, else the first one as grey."""
-    image = image if image.shape[-1] == 3 else np.repeat(image[..., :1], 3, axis=-1)
-    low, high = np.percentile(image, (0.5, 99.5))
-    return np.clip((image - low) / max(high - low, 1e-6), 0, 1)
-
-
-def overlay_bytes(
-    image: np.ndarray,
-    prediction: np.ndarray,
-    uncertainty: np.ndarray,
-    truth: np.ndarray | None,
-    affine: np.ndarray,
-    names: Sequence[str],
-    title: str,
-) -> bytes:
-    """Return a PNG with image, ground truth (if any), prediction and uncertainty side by side.
-
-    In 3D the slice along the third axis with the largest structure is shown.
-
-    Args:
-        image: (channels, *spatial).
-        prediction: label map (1, *spatial).
-        uncertainty: (1, *spatial) in [0, 1].
-        truth: label map (1, *spatial), or None.
-        affine: (4, 4); its voxel size sets the aspect ratio.
-        names: of the labels 1, 2, ...
-        title: of the picture.
-    """
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
-
-    dims = image.ndim - 1
-    shown = prediction if truth is None else truth
-    index = 0 if dims == 2 else int((shown if shown.any() else prediction)[0].sum(axis=(0, 1), dtype=float).argmax())
-    zoom = nib.affines.voxel_sizes(affine)
-    background = _grey(_slice(image, dims, index))
-
-    def blend(label: np.ndarray) -> np.ndarray:
-        plane = _slice(label, dims, index)[..., 0]
-        return np.where(plane[..., None] > 0, 0.45 * background + 0.55 * _colour(plane) / 255, background)
-
-    panels = [("image", background)]
-    if truth is not None:
-        panels.append(("ground truth", blend(truth)))
-    panels += [("prediction", blend(prediction)), ("uncertainty (bits)", _slice(uncertainty, dims, index)[..., 0])]
-    shape = panels[0][1].shape
-    width = float(np.clip(3.2 * shape[0] * zoom[0] / (shape[1] * zoom[1]), 1.6, 4.8))
-    figure = Figure(figsize=(width * len(panels) + 0.8, 4.4), layout="constrained")
-    for axis, (name, panel) in zip(figure.subplots(1, len(panels)), panels):
-        grey = {"cmap": "magma", "vmin": 0, "vmax": 1} if panel.ndim == 2 else {}
-        drawn = axis.imshow(
-            np.swapaxes(panel, 0, 1),
-            # NIfTI's second axis points up (anterior), a picture's down
-            origin="upper" if np.allclose(affine, np.eye(4)) or affine[1, 1] < 0 else "lower",
-            aspect=zoom[1] / zoom[0],
-            interpolation="nearest",
-            **grey,
-        )
-        axis.set_title(name)
-        axis.set_axis_off()
-    figure.colorbar(drawn, ax=axis, shrink=0.8)
-    handles = [Patch(color=tuple(_colour(np.array(i + 1)) / 255), label=name) for i, name in enumerate(names)]
-    figure.legend(handles=handles, loc="outside lower center", ncols=max(1, len(names)), frameon=False)
-    figure.suptitle(title, fontsize=10)
-    out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=110)
-    return out.getvalue()
-
-
 class CaseWriter:
     """Write the results of each case as soon as it is segmented.
 
-    ``<output_dir>/<case>/<case>_seg.nii.gz``, ``_prob.nii.gz``, ``_uncertainty_entropy.nii.gz``,
-    ``_uncertainty_mi.nii.gz``, ``_overlay.png``, ``_seg.png`` where the input was PNG, JPEG or BMP; and a row in
-    ``<output_dir>/cases.csv``: size of each class and its standard deviation over the members, mean uncertainty, mean
-    Dice over pairs of members, seconds, and Dice, IoU and expected calibration error where there is a label. Of several
-    processes each writes the files of its cases; the first one writes the table, its own rows at once, all in the end.
+    In ``<output_dir>/<case>/``, as ``outputs`` names them: ``seg`` is ``<case>_seg.nii.gz`` (``_seg.png`` too where the
+    input was PNG, JPEG or BMP), ``prob`` ``_prob.nii.gz``, ``uncertainty`` ``_uncertainty_entropy.nii.gz`` and
+    ``_uncertainty_mi.nii.gz``, ``members`` ``_members.nii.gz`` (a label map of each along the fourth axis) and
+    ``overlay`` ``_overlay.png``. A row in ``<output_dir>/cases.csv`` has size of each class and its standard deviation
+    over the members, mean uncertainty, mean Dice over pairs of members, seconds; Dice, IoU and expected calibration
+    error where there is a label; and :func:`medsegdiff_monai.metrics.rater_scores` where there are several raters, to
+    whose mean the calibration is then compared. Of several processes each writes the files of its cases; the first one
+    writes the table, its own rows at once, all in the end.
 
     Args:
         output_dir: folder to write to.
         num_classes: number of foreground classes.
         regions: see :class:`medsegdiff_monai.transforms.Regions`.
         merge: whether the rows of cases that an earlier run has written are kept.
+        outputs: what is written, see :func:`medsegdiff_monai.outputs.check_outputs`.
+
+    Raises:
+        InputError: for ``outputs`` that there are not, or without ``seg``.
     """
 
     def __init__(
-        self, output_dir: str, num_classes: int, regions: Mapping[str, Sequence[int]] | None = None, merge: bool = False
+        self,
+        output_dir: str,
+        num_classes: int,
+        regions: Mapping[str, Sequence[int]] | None = None,
+        merge: bool = False,
+        outputs: Sequence[str] | str = OUTPUTS,
     ) -> None:
         self.output_dir = Path(output_dir)
         self.regions = Regions(num_classes, regions)
         self.merge = merge
+        self.outputs = check_outputs(outputs)
         self.rows: dict[str, dict[str, Any]] = {}
         self._columns: list[str] = []  # of the table as it stands
         self._began = 0.0
@@ -218,9 +164,10 @@ class CaseWriter:
         if len(self._fresh) > len(self.rows):  # other processes have some
             self.rows = {row["case"]: row for row in self._fresh}
             self._write_table(list(dict.fromkeys(key for row in self._fresh for key in row)))
-        for key in dict.fromkeys(k for row in self._fresh for k in row if k.startswith(("dice_", "iou_", "ece_"))):
-            values = np.array([row[key] for row in self._fresh if key in row])
-            logger.info(f"{key}: {values.mean():.4f} (std {values.std():.4f}, {len(values)} cases)")
+        for key in dict.fromkeys(k for row in self._fresh for k in row if k.startswith(SCORES)):
+            values = np.array([row[key] for row in self._fresh if np.isfinite(row.get(key, np.nan))])
+            if len(values):
+                logger.info(f"{key}: {values.mean():.4f} (std {values.std():.4f}, {len(values)} cases)")
         logger.info(f"Results of {len(self._fresh)} cases are in {self.output_dir}")
 
     def _write_case(self, item: Mapping[str, Any], output: Mapping[str, Tensor], seconds: float) -> None:
@@ -234,7 +181,7 @@ class CaseWriter:
         if members > 1:
             row["mean_pairwise_dice"] = round(float(output["pairwise_dice"].mean()), 6)
         if label is not None:
-            row.update(self._scores(output, label))
+            row.update(self._scores(output, label, raters_of(item, output)))
         self._write_files(case, source, image, affine, output, label, row)
         self._fresh.append(row)
         if is_main():
@@ -275,15 +222,21 @@ class CaseWriter:
             sizes.update({f"{kind}_std_{n}": round(float(s), 3) for n, s in zip(self.regions.names, spread)})
         return sizes
 
-    def _scores(self, output: Mapping[str, Tensor], label: Tensor) -> dict[str, float]:
-        """Dice and IoU of the mask, and the expected calibration error of the members' mean, for each class."""
+    def _scores(self, output: Mapping[str, Tensor], label: Tensor, raters: Tensor | None) -> dict[str, float]:
+        """Scores of the mask against the label, of the probability and of the members against all raters."""
         mask, truth = output["mask"][None], label[None]
-        values = {
-            "dice": compute_dice(mask, truth, ignore_empty=False),
-            "iou": compute_iou(mask, truth, ignore_empty=False),
-            "ece": expected_calibration_error(output["mean_prob"], label)[None],
+        expected = label if raters is None else raters.double().mean(0)
+        scores: dict[str, Sequence[float] | Tensor] = {
+            "dice": compute_dice(mask, truth, ignore_empty=False)[0],
+            "iou": compute_iou(mask, truth, ignore_empty=False)[0],
+            "ece": expected_calibration_error(output["prob"], expected),
         }
-        return {f"{k}_{n}": round(float(v), 6) for k, row in values.items() for n, v in zip(self.regions.names, row[0])}
+        row = {f"{key}_{n}": v for key, values in scores.items() for n, v in zip(self.regions.names, values)}
+        if raters is not None:
+            endings = [f"_{name}" for name in self.regions.names] if len(self.regions.names) > 1 else [""]
+            found = rater_scores(output["member_masks"], raters)
+            row |= {f"{key}{ending}": v for key, values in found.items() for ending, v in zip(endings, values)}
+        return {key: round(float(value), 6) for key, value in row.items()}
 
     def _write_files(
         self,
@@ -295,24 +248,44 @@ class CaseWriter:
         label: Tensor | None,
         row: Mapping[str, Any],
     ) -> None:
-        folder = self.output_dir / case
-        results = {k: np.asarray(output[k].cpu()) for k in ("pred", "prob", "uncertainty_entropy", "uncertainty_mi")}
         dims = image.ndim - 1
+        mask = np.asarray(output["pred"].cpu())
+
+        def write(name: str, content: bytes) -> None:
+            write_atomically(result_file(self.output_dir, case, name), content)
+
+        if "overlay" in self.outputs:
+            write("overlay.png", self._picture(case, image, affine, output, label, row))
+        maps = ["prob"] if "prob" in self.outputs else []
+        maps += ["uncertainty_entropy", "uncertainty_mi"] if "uncertainty" in self.outputs else []
+        for name in maps:
+            array = np.asarray(output[name].cpu()).astype(np.float32)
+            write(f"{name}.nii.gz", nifti_bytes(array, affine, dims))
+        if "members" in self.outputs:
+            members = torch.cat([self.regions.label_map(masks) for masks in output["member_masks"]])
+            write("members.nii.gz", nifti_bytes(np.asarray(members.cpu()), affine, dims, squeeze=False))
+        if source.lower().endswith((".png", ".jpg", ".jpeg", ".bmp")):
+            write("seg.png", palette_png_bytes(mask[0]))
+        # the mask comes last: where it stands, the case is finished
+        write("seg.nii.gz", nifti_bytes(mask, affine, dims))
+
+    def _picture(
+        self,
+        case: str,
+        image: MetaTensor,
+        affine: np.ndarray,
+        output: Mapping[str, Tensor],
+        label: Tensor | None,
+        row: Mapping[str, Any],
+    ) -> bytes:
         dice = [f"{name} {row[f'dice_{name}']:.3f}" for name in self.regions.names if f"dice_{name}" in row]
-        overlay = overlay_bytes(
+        return overlay_bytes(
             np.asarray(image),
-            results["pred"],
-            results["uncertainty_entropy"],
+            np.asarray(output["pred"].cpu()),
+            np.asarray(output["uncertainty_entropy"].cpu()),
             None if label is None else self.regions.label_map(torch.as_tensor(label)).cpu().numpy(),
             affine,
             self.regions.names,
             case + (f"   Dice: {', '.join(dice)}" if dice else ""),
+            distinct_members(output, self.regions),
         )
-        write_atomically(folder / f"{case}_overlay.png", overlay)
-        for name in ("prob", "uncertainty_entropy", "uncertainty_mi"):
-            array = results[name].astype(np.float32)
-            write_atomically(folder / f"{case}_{name}.nii.gz", nifti_bytes(array, affine, dims))
-        if source.lower().endswith((".png", ".jpg", ".jpeg", ".bmp")):
-            write_atomically(folder / f"{case}_seg.png", _png_bytes(results["pred"][0]))
-        # the mask comes last: where it stands, the case is finished
-        write_atomically(segmentation_file(self.output_dir, case), nifti_bytes(results["pred"], affine, dims))

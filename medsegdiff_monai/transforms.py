@@ -81,9 +81,11 @@ class Regions:
 class RandCropByClassd(RandCropByLabelClassesd):
     """MONAI's crop around a voxel of a class drawn at random, background among them, for label values of any size.
 
+    Of several raters, a voxel has the classes that any of them gives it; background is what none of them has marked.
+
     Args:
         keys: what to crop.
-        label_key: label map (1, *spatial).
+        label_key: label maps (raters, *spatial), usually one.
         spatial_size: size of the patch.
         num_classes: see :class:`Regions`.
         regions: see :class:`Regions`.
@@ -103,7 +105,11 @@ class RandCropByClassd(RandCropByLabelClassesd):
 
     def randomize(self, label: Tensor, indices: Any = None, image: Tensor | None = None) -> None:
         """Draw the centre; MONAI looks for every value up to the largest, so these are numbered without gaps."""
-        super().randomize(torch.bucketize(torch.as_tensor(label), self.labels.to(label.device)), indices, image)
+        numbers = torch.bucketize(torch.as_tensor(label), self.labels.to(label.device))
+        if len(numbers) > 1:  # one channel for each class, which MONAI takes as well
+            marked = [(numbers == i).any(0) for i in range(1, len(self.labels))]
+            numbers = torch.stack([(numbers == 0).all(0), *marked])
+        super().randomize(numbers, indices, image)
 
 
 class NormalizeImaged(MapTransform):
@@ -168,11 +174,15 @@ class LabelsToRegionsd(MapTransform):
         super().__init__(keys, allow_missing_keys)
         self.regions = Regions(num_classes, regions)
 
+    def masks(self, label: Tensor) -> Tensor:
+        """Return the masks of a label map."""
+        return self.regions.masks(label)
+
     def __call__(self, data: Mapping[Hashable, Tensor]) -> dict[Hashable, Tensor]:
         """Return a copy of ``data`` with the masks in place of the label maps."""
         d = dict(data)
         for key in self.key_iterator(d):
-            masks = self.regions.masks(torch.as_tensor(d[key]))
+            masks = self.masks(torch.as_tensor(d[key]))
             d[key] = MetaTensor(masks).copy_meta_from(d[key]) if isinstance(d[key], MetaTensor) else masks
         return d
 
@@ -185,9 +195,9 @@ class FuseMembersd(MapTransform):
 
     - ``pred``: label map (1, *spatial), uint8;
     - ``mask``: one channel for each class, in {0, 1};
-    - ``prob``: fused probability of each class;
-    - ``mean_prob``: mean of the members' probabilities, which is what calibration is measured on;
+    - ``prob``: probability of each class, the members' mean, whatever the fusion of the masks;
     - ``uncertainty_entropy`` and ``uncertainty_mi``: (1, *spatial), bits (:mod:`medsegdiff_monai.fusion`);
+    - ``member_masks`` (members, classes, *spatial): the mask that each member makes by itself, boolean;
     - ``member_sizes`` (members, classes): share of the voxels that each member's mask fills;
     - ``pairwise_dice`` (classes,): mean Dice over pairs of members.
 
@@ -195,7 +205,8 @@ class FuseMembersd(MapTransform):
         keys: the key to read, usually ``pred``.
         num_classes: number of foreground classes.
         regions: see :class:`Regions`.
-        fusion: ``staple``, ``mean`` or ``vote``.
+        fusion: ``staple``, ``mean``, ``vote`` or ``expected_dice``
+            (:meth:`medsegdiff_monai.fusion.MemberSummary.fuse`).
         invert: undoes the preprocessing of the image for the same key, such as MONAI's ``Invertd``. It gets one member
             at a time, so that not all of them are in memory on the input's grid.
     """
@@ -224,14 +235,13 @@ class FuseMembersd(MapTransform):
     def _fuse(self, data: dict[Hashable, Tensor], key: Hashable) -> dict[Hashable, Tensor]:
         members = (self._member(data, key, member) for member in data[key].split(self.num_classes))
         first = next(members)
-        summary = MemberSummary(m.as_tensor() if isinstance(m, MetaTensor) else m for m in chain([first], members))
-        probability = summary.fuse(self.fusion)
-        masks = self.regions.binarise(probability)
+        plain = (m.as_tensor() if isinstance(m, MetaTensor) else m for m in chain([first], members))
+        summary = MemberSummary(plain, self.regions.binarise)
+        masks = self.regions.binarise(summary.fuse(self.fusion))
         maps = {
             key: self.regions.label_map(masks),
             "mask": masks.float(),
-            "prob": probability,
-            "mean_prob": summary.mean,
+            "prob": summary.mean,
             "uncertainty_entropy": summary.predictive_entropy()[None],
             "uncertainty_mi": summary.mutual_information()[None],
         }
@@ -239,7 +249,8 @@ class FuseMembersd(MapTransform):
             maps = {name: MetaTensor(value).copy_meta_from(first) for name, value in maps.items()}
         return {
             **maps,
-            "member_sizes": summary.sizes() / probability[0].numel(),
+            "member_masks": summary.votes,
+            "member_sizes": summary.sizes() / masks[0].numel(),
             "pairwise_dice": summary.pairwise_dice(),
         }
 

@@ -79,6 +79,14 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_png_dataset(tmp_path_factory.mktemp("pictures"))
 
 
+# preprocessing of the validation, where nothing is random, for training, whose masks have an axis for the raters
+UNCHANGED = {
+    "_target_": "Compose",
+    "transforms": [
+        "@validate#preprocessing", {"_target_": "Lambdad", "keys": "label", "func": "$lambda masks: masks[None]"}
+    ],
+}  # fmt: skip
+
 VOLUME_SETTINGS = {"spacing": None, "roi_size": [8, 12, 8]}
 PICTURE_SETTINGS = {
     "spatial_dims": 2, "in_channels": 3, "num_classes": 1, "spacing": None, "fit": "resize", "roi_size": [16, 16]

@@ -10,21 +10,25 @@ import torch
 import torch.distributed as dist
 from ignite.engine import Events
 
-from medsegdiff_monai.engines import SegmentationDiffusionPrepareBatch
+from medsegdiff_monai.objective import SegmentationDiffusionPrepareBatch
 
 
 class PrepareBatchByCase(SegmentationDiffusionPrepareBatch):
-    """Noise and timestep of a case follow from its name."""
+    """Noise, timestep and own guess of a case follow from its name."""
 
     def __call__(self, batchdata, device=None, non_blocking=False, **kwargs):
         self.generators = [torch.Generator().manual_seed(zlib.crc32(case.encode())) for case in batchdata["case"]]
         return super().__call__(batchdata, device, non_blocking, **kwargs)
 
     def get_noise(self, images):
-        return torch.stack([torch.randn(images.shape[1:], generator=g) for g in self.generators])
+        masks = len(images) // len(self.generators)
+        return torch.cat([torch.randn(masks, *images.shape[1:], generator=g) for g in self.generators])
 
     def get_timesteps(self, images):
         return torch.cat([torch.randint(0, self.num_train_timesteps, (1,), generator=g) for g in self.generators])
+
+    def get_guessed(self, timesteps):
+        return torch.cat([torch.rand(1, generator=g) < 0.5 for g in self.generators])
 
 
 class Witness:

@@ -5,12 +5,28 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
+import re
 import sys
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from benchmarks import accuracy, convergence, figures, peers, results, sampling, training
+from benchmarks import (
+    accuracy,
+    ambiguity,
+    ambiguity_page,
+    convergence,
+    figures,
+    lidc,
+    peers,
+    results,
+    sampling,
+    ssn,
+    training,
+)
+from medsegdiff_monai.objective import mask_loss
 
 from .conftest import make_nifti_dataset, make_png_dataset, write_json
 
@@ -44,7 +60,10 @@ def test_accuracy_trains_each_method_once_and_scores_it(tmp_path, monkeypatch):
     for row in rows:
         classes = 1 if row["data"] == "LGG_MRI" else 2
         assert all(len(row[k]) == classes and min(row[k]) >= 0 for k in ("dice", "iou", "ece"))
-        assert row["iterations"] >= 1 and row["passes"] == (1 if row["method"] == "MONAI UNet" else 10)
+        assert all(len(row[k]) == classes for k in ("ece_band", "auroc"))
+        assert row["iterations"] >= 1 and row["passes"] == (1 if row["method"] == "MONAI UNet" else 5)
+        objectives = {"MONAI UNet": None, "today's objective": "mask"}
+        assert row.get("objective") == objectives.get(row["method"], "ensemble")
         assert row["learning_rate"] == (0.01 if row["method"] == "MONAI UNet" else rates[row["data"]])
     size = {row["method"]: row["parameters_m"] for row in rows if row["data"] == "LGG_MRI"}
     assert size["plain DPM"] < size["+ dynamic conditioning"] < size["+ FF-Parser"]
@@ -93,9 +112,10 @@ def test_sampling_writes_a_table_and_goes_on_from_finished_rows(tmp_path, monkey
     assert (tmp_path / "out" / "sampling_LGG_MRI.png").stat().st_size
     page = (tmp_path / "out" / "sampling_LGG_MRI.md").read_text(encoding="utf-8")
     dice = {(r["sampler"], r["steps"], r["members"]): float(r["dice"]) for r in rows if r["amp"] == "False"}
-    default, best = dice["DPM-Solver++ 2M", "2", "5"], max(dice.values())
-    assert f"(DPM-Solver++ 2M, 5 members × 2 steps): {default:.4f}" in page
-    assert f"(the best row): {best:.4f}, {best - default:+.4f} ±" in page
+    default, best = dice["DPM-Solver++ 2M", "1", "5"], max(dice.values())
+    assert f"(DPM-Solver++ 2M, 5 members × 1 steps): {default:.4f}" in page
+    told = re.search(r"\(the best row\): (\S+), (\S+) ±", page)  # the difference is of rounded scores of the cases
+    assert told[1] == f"{best:.4f}" and float(told[2]) == pytest.approx(best - default, abs=1.1e-4)
     iterations = torch.load(tmp_path / "work" / "LGG_MRI" / "ours.pt", weights_only=True)["iterations"]
     assert f"(iterations: ours {iterations}, MONAI UNet " in page
 
@@ -154,7 +174,7 @@ def test_convergence_goes_on_from_its_last_mark(tmp_path, monkeypatch):
     call(monkeypatch, convergence, *arguments, *seconds)
     assert starts[2] == starts[1] >= 0.1  # from the mark that was scored
     scored = {row["method"]: (row["passes"], row["seconds"]) for row in map(json.loads, file.read_text().splitlines())}
-    assert scored == {"+ FF-Parser": (10, 0.3), "paper's objective": (2500, 0.3)}
+    assert scored == {"+ FF-Parser": (5, 0.3), "paper's objective": (2500, 0.3)}
     with (out / "convergence.csv").open() as table:
         rows = [(r["objective"], r["seconds"]) for r in csv.DictReader(table)]
     assert rows == [(name, mark) for name in ("paper", "default") for mark in ("0.1", "0.2", "0.3")]
@@ -249,3 +269,197 @@ def test_training_compares_with_each_peer(tmp_path, monkeypatch):
     rows = [line.split(" | ") for line in (tmp_path / "training.md").read_text().splitlines() if line.startswith("| ")]
     assert [row[0].strip("| ") for row in rows[2:]] == list(some)
     assert rows[2][3] == "1.00" and float(rows[3][3]) > 0
+
+
+def make_lidc(folder, side=24):
+    """Bright squares, which two of four raters outline, one of them larger; the first case has the outline of one."""
+    (root := folder / "LIDC4").mkdir(parents=True)
+    random, lists = np.random.default_rng(0), {}
+    for split, cases in {"training": 20, "validation": 4, "test": 6}.items():
+        lists[split] = []
+        for i in range(cases):
+            row, column = random.integers(8, 12, 2)
+            masks = np.zeros((4, side, side), np.uint8)
+            masks[0, row : row + 5, column : column + 5] = 1
+            if i:
+                masks[1, row - 1 : row + 6, column - 1 : column + 6] = 1
+            image = (150 * masks[0] + random.integers(0, 50, (side, side))).astype(np.uint8)
+            files = {f"{split}_{i}_{k}.png": array for k, array in enumerate([image, *masks])}
+            for name, array in files.items():
+                Image.fromarray(array).save(root / name)
+            first, *others = files
+            lists[split].append({"image": first, "labels": others})
+    write_json(root, **lists)
+    return folder
+
+
+def test_ambiguity_scores_each_method_and_writes_it_down(tmp_path, monkeypatch):
+    make_lidc(tmp_path)
+    monkeypatch.setattr(ambiguity, "SETTINGS", {**ambiguity.SETTINGS, "channels": [8, 8], "batch_size": 4})
+    file, page, picture = (tmp_path / name for name in ("r.jsonl", "page.md", "f.png"))
+    arguments = ["--data_root", tmp_path, "--size", 16, "--seconds", 0.3, "--seeds", 0, 1, "--steps", 1, 2]
+    arguments += ["--work_dir", tmp_path / "work", "--results", file, "--page", page, "--figure", picture]
+    call(monkeypatch, ambiguity, *arguments)
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    runs = {(row["method"], row["seed"]): row for row in rows if row["seconds"]}
+    assert runs.keys() == {(method, seed) for method in [*ambiguity.METHODS, "ours, 2 steps"] for seed in (0, 1)}
+    assert len(runs) + len(ambiguity.BOUNDS) == len(rows)
+    passes = {"ours": 16, "ours, 2 steps": 32, "MONAI UNet": 1, "five UNets": 5, "UNet, MC dropout": 16, "SSN": 1}
+    members = {"ours": 16, "ours, 2 steps": 16, "MONAI UNet": 1, "five UNets": 5, "UNet, MC dropout": 16, "SSN": 16}
+    for name in passes:
+        row = runs[name, 0]
+        assert (row["passes"], row["members"], row["cases"]) == (passes[name], members[name], 6)
+        assert row["iterations"] >= 1 and 0 <= row["brier"] < 1 and 0 <= row["ece_band"] < 1 and row["ged"] > -0.1
+    assert runs["five UNets", 0]["parameters_m"] == pytest.approx(5 * runs["MONAI UNet", 0]["parameters_m"], abs=1e-3)
+    assert runs["MONAI UNet", 0]["pairwise"] == 0 < runs["SSN", 0]["pairwise"]
+    assert runs["ours", 0]["ged"] != runs["ours", 1]["ged"]
+
+    text = page.read_text("utf-8")
+    scored = next(line for line in text.splitlines() if line.startswith("| SSN")).split(" | ")
+    assert scored[1].split(" ± ")[0] == f"{sum(runs['SSN', seed]['ged'] for seed in (0, 1)) / 2:.3f}"
+    assert "GED16 ↓" in text and "16×16, 0.3 s: 6 slices (test)" in text and "CC BY 3.0" in text and "(f.png)" in text
+    assert text.count("| bound: perfect majority mask |") == 1 and picture.read_bytes().startswith(b"\x89PNG")
+
+    # what is there is not repeated; what is taken out is scored again from the weights, as it was
+    again = "\n".join(json.dumps(row) for row in rows if row["method"] != "ours, 2 steps" or row["seed"]) + "\n"
+    file.write_text(again)
+    monkeypatch.setattr(peers.Training, "until", lambda *_: pytest.fail("trained again"))
+    call(monkeypatch, ambiguity, *arguments)
+    assert file.read_text().startswith(again)
+    last, before = json.loads(file.read_text().splitlines()[-1]), runs["ours, 2 steps", 0]
+    assert {**last, "seconds_per_image": 0} == {**before, "seconds_per_image": 0}
+    with pytest.raises(SystemExit, match="smaller than --size 32"):
+        call(monkeypatch, ambiguity, "--data_root", tmp_path, "--size", 32)
+    with pytest.raises(SystemExit, match="has no tset"):
+        call(monkeypatch, ambiguity, "--data_root", tmp_path, "--size", 16, "--split", "tset")
+
+
+def test_crops_are_augmented_with_their_raters(tmp_path):
+    crops = lidc.load(make_lidc(tmp_path), "training", 16)
+    assert crops.images.shape == (20, 1, 16, 16) and crops.raters.shape == (20, 4, 16, 16)
+    torch.testing.assert_close(crops.images.mean((1, 2, 3)), torch.zeros(20), atol=1e-5, rtol=0)
+    assert crops.raters.any((2, 3))[0].tolist() == [True, False, False, False]
+    crops.images = crops.raters[:, :1].float() + torch.arange(20).view(20, 1, 1, 1) * 10  # tells its number
+    batches = lidc.Batches(crops, 6, seed=0)
+    seen, turned = [], 0
+    for batch in [*batches, *batches]:
+        assert batch["image"].shape == (6, 1, 16, 16) and batch["label"].shape == (6, 4, 1, 16, 16)
+        for image, raters in zip(batch["image"], batch["label"]):
+            inside, outside = image[raters[0] > 0], image[raters[0] == 0]
+            assert inside.max() - inside.min() < 1e-3 > outside.max() - outside.min()  # the mask went the same way
+            number = int((outside[0] / 10).round())
+            seen.append(number)
+            turned += not torch.equal(raters[1, 0] > 0, crops.raters[number, 1])
+    assert turned > 0
+    one = next(iter(lidc.Batches(crops, 6, seed=3)))
+    assert torch.equal(one["image"], next(iter(lidc.Batches(crops, 6, seed=3)))["image"])
+    assert not torch.equal(one["image"], next(iter(lidc.Batches(crops, 6, seed=4)))["image"])
+
+
+def test_each_pass_over_the_crops_has_each_of_them_once():
+    numbers = torch.arange(8.0)
+    crops = lidc.Crops(numbers.view(8, 1, 1, 1).expand(8, 1, 4, 4), torch.zeros(8, 4, 4, 4, dtype=torch.bool))
+    batches = lidc.Batches(crops, 2, seed=0)
+    batches.augment = lambda batch: batch
+    orders = [torch.cat([batch["image"][:, 0, 0, 0] for batch in batches]) for _ in range(2)]
+    assert all(torch.equal(order.sort()[0], numbers) for order in orders) and not torch.equal(*orders)
+
+
+def test_scores_of_a_slice():
+    raters = torch.zeros(4, 16, 16, dtype=torch.bool)
+    raters[:2, 4:8, 4:8] = True
+    perfect, band = ambiguity.score(raters.float(), raters)
+    assert perfect["ged"] == pytest.approx(2 / 4 * 2 - 8 / 12 - 2 / 4)  # half of all pairs are at distance 1
+    assert perfect["matched_iou"] == perfect["best_iou"] == 1 and perfect["ncc"] == pytest.approx(1)
+    assert perfect["pairwise"] == pytest.approx(8 / 12) and perfect["brier"] == pytest.approx(0.25 * 16 / 256)
+    assert perfect["dice"] == 0  # a mean of one half is not above it, but two of four are enough for the consensus
+    assert band.shape[0] == 2 and torch.equal(*band) and 16 < band.shape[1] < 256
+
+    single, _ = ambiguity.score(raters[:1].float(), raters)
+    assert single["pairwise"] == 0 and single["dice"] == 1 and single["ged"] == pytest.approx(2 / 2 - 1 / 2)
+    assert single["brier"] == pytest.approx(0.5 * 16 / 256)
+    nothing, near = ambiguity.score(torch.zeros(1, 16, 16), raters[3:].expand(4, -1, -1))
+    assert nothing["dice"] == 1 and near.shape == (2, 0)
+
+
+def test_slices_of_the_picture_are_torn_ones_at_even_distances():
+    marked = torch.tensor([4, 2, 0, 3, 1, 2, 2, 3, 3, 2, 4])
+    raters = (torch.arange(4) < marked[:, None])[:, :, None, None].expand(-1, -1, 2, 2)
+    assert ambiguity_page.chosen(raters) == [1, 5, 7, 9]  # of 1, 3, 5, 6, 7, 8, 9
+    assert ambiguity_page.chosen(raters[:4]) == [1, 3]
+
+
+def test_loss_of_the_unet_is_the_mean_over_raters():
+    logits, raters = torch.randn(3, 2, 8, 8), (torch.rand(3, 4, 2, 8, 8) > 0.5).float()
+    expected = sum(mask_loss(logits, raters[:, i]) for i in range(4)) / 4
+    torch.testing.assert_close(peers.each_rater(logits, raters), expected)
+    assert all((one == raters[i]).flatten(1).all(1).any() for i, one in enumerate(peers.one_rater(raters)))
+
+
+def test_stochastic_segmentation_network_draws_from_its_gaussian():
+    torch.manual_seed(0)
+    net = ssn.StochasticSegmentationNetwork(torch.nn.Conv2d(1, ssn.FEATURES, 1), 2, 2)
+    image, seen = torch.randn(1, 1, 2, 2), {}
+    for name in ("mean", "log_variance", "factor"):
+        getattr(net, name).register_forward_hook(lambda _, __, out, name=name: seen.update({name: out}))
+    with torch.no_grad():
+        drawn = net(image, 40000)
+    assert drawn.shape == (1, 40000, 2, 2, 2)
+    factor, diagonal = seen["factor"].view(ssn.RANK, -1), seen["log_variance"].exp().flatten() + ssn.EPS
+    torch.testing.assert_close(drawn[0].mean(0), seen["mean"][0], atol=0.05, rtol=0)
+    torch.testing.assert_close(drawn[0].flatten(1).T.cov(), factor.T @ factor + diagonal.diag(), atol=0.06, rtol=0.06)
+
+
+def test_likelihood_of_the_stochastic_segmentation_network_by_its_definition():
+    logits, raters = torch.randn(3, 5, 1, 4, 2), (torch.rand(3, 4, 1, 4, 2) > 0.5).float()
+    p = torch.distributions.Bernoulli(logits=logits[:, :, None]).log_prob(raters[:, None]).sum((3, 4, 5)).exp()
+    torch.testing.assert_close(ssn.log_likelihood_loss(logits, raters), -p.mean(1).log().mean() / 8)
+    far = ssn.log_likelihood_loss(1e4 * logits, raters)  # no overflow
+    assert far.isfinite()
+
+
+@pytest.mark.parametrize("name", ["UNet, MC dropout", "SSN", "Probabilistic U-Net"])
+def test_members_of_opponents_differ_and_are_those_of_their_image(name):
+    if name not in ambiguity.METHODS:
+        pytest.skip("needs lightning-uq-box")
+    method = ambiguity.METHODS[name]
+    torch.manual_seed(0)
+    peer = method.build(ambiguity.configured(method, 16, 0, channels=[8, 8], num_members=3))
+    images, raters = torch.randn(2, 1, 16, 16), (torch.rand(2, 4, 1, 16, 16) > 0.5).float()
+    peer.loss(images, raters).backward()
+    assert all(p.grad is not None for p in peer.module.parameters())
+    with torch.no_grad():
+        members = peer.segment(peer.module.eval(), images)
+        assert members.shape == (2, 3, 16, 16) and 0 <= members.min() <= members.max() <= 1
+        assert not torch.allclose(members[:, 0], members[:, 1])
+        torch.manual_seed(1)
+        batch = torch.stack([peer.segment(peer.module, images)[1].mean(0) for _ in range(200)]).mean(0)
+        alone = torch.stack([peer.segment(peer.module, images[1:])[0].mean(0) for _ in range(200)]).mean(0)
+    assert (batch - alone).abs().mean() < 0.03
+
+
+def test_calibration_near_the_contours():
+    truth = torch.zeros(1, 12, 12, dtype=torch.bool)
+    truth[:, :, :6] = True
+    mask = truth.clone()
+    mask[:, :, 6] = True  # wrong in one column, of which it is the least sure
+    probability = torch.where(truth, 0.9, 0.0)
+    probability[:, :, 6] = 0.6
+    found = accuracy.calibration(probability, mask, truth)
+    assert found["auroc"] == [1] and found["ece"] == pytest.approx([(6 * 0.1 + 0.6) / 12])
+    assert found["ece_band"] == pytest.approx([(3 * 0.1 + 0.6) / 7])  # columns 3 to 9
+
+
+def test_runs_with_another_objective_take_the_place_of_older_ones():
+    def run(method, dice, **more):
+        same = {"data": "LGG_MRI", "seconds": 60, "seed": 0, "parameters_m": 1, "passes": 1, "seconds_per_image": 1}
+        made = {"cases": 2, "field": [8, 8], "torch": "2", "monai": "1", "date": "2026"}
+        return {**same, **made, "method": method, "dice": [dice], **more}
+
+    old = run("plain DPM", 0.1, ged=[0.5])
+    new = run("plain DPM", 0.2, objective="ensemble", ged_unbiased=[float("nan")])
+    other = run("MONAI UNet", 0.3)
+    assert results.current([old, other, new]) == [other, new] and results.current([old, other]) == [old, other]
+    *_, head, _, first, second, _ = results.table("LGG_MRI", [other, new])
+    assert head.endswith("| mean Dice | Dice | unbiased GED* | seeds |")
+    assert first.endswith("| 0.300 | 0.300 |  | 1 |") and second.endswith("| 0.200 | 0.200 |  | 1 |")

@@ -26,7 +26,7 @@ from medsegdiff_monai import distributed
 from medsegdiff_monai.data import EvaluationShare, TrainingShare, training_sampler
 from medsegdiff_monai.errors import InputError
 
-from .conftest import CONFIGS, PICTURE_SETTINGS, ROOT, TINY, make_png_dataset, write_json
+from .conftest import CONFIGS, PICTURE_SETTINGS, ROOT, TINY, UNCHANGED, make_png_dataset, write_json
 
 PROCESSES = 2
 
@@ -139,8 +139,7 @@ def by_case(tmp_path):
     def call(sampler: dict, *more: dict) -> Path:
         return write_overlay(
             tmp_path / "by_case.json",
-            own_guess=0.0,
-            train__dataset__transform="@validate#preprocessing",
+            train__dataset__transform=UNCHANGED,
             train__dataloader__sampler=sampler,
             train__trainer__prepare_batch___target_="tests.distributed_parts.PrepareBatchByCase",
             **handlers(*more),

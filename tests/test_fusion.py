@@ -1,6 +1,8 @@
-"""STAPLE against an independent EM, and uncertainty against its definition."""
+"""STAPLE against an independent EM, expected Dice against a search, and uncertainty against its definition."""
 
 from __future__ import annotations
+
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -10,8 +12,17 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from medsegdiff_monai.errors import InputError
-from medsegdiff_monai.fusion import MemberSummary, binary_entropy, staple
-from medsegdiff_monai.transforms import FuseMembersd
+from medsegdiff_monai.fusion import (
+    FUSIONS,
+    MemberSummary,
+    binary_entropy,
+    check_fusion,
+    dice_matrix,
+    expected_dice_threshold,
+    most_different,
+    staple,
+)
+from medsegdiff_monai.transforms import FuseMembersd, Regions
 
 
 def em(votes: np.ndarray, steps: int = 20000) -> np.ndarray:
@@ -89,6 +100,96 @@ def test_mean_and_vote():
     torch.testing.assert_close(MemberSummary(one).fuse("staple"), (one[0] > 0.5).float())
 
 
+def dice(a: torch.Tensor, b: torch.Tensor) -> float:
+    total = float(a.sum() + b.sum())
+    return 2 * float((a & b).sum()) / total if total else 1.0
+
+
+def mean_dice(mask: torch.Tensor, votes: torch.Tensor) -> float:
+    return float(np.mean([dice(mask, vote) for vote in votes]))
+
+
+def uneven_members(shape: tuple[int, ...], number: int, seed: int, classes: int = 1) -> torch.Tensor:
+    """Members of different sizes; probabilities are multiples of 1 / 64, so that no two means are nearly equal."""
+    generator = torch.Generator().manual_seed(seed)
+    smooth = torch.rand(classes, *shape, generator=generator)
+    bias = 0.8 * torch.rand(number, classes, *[1] * len(shape), generator=generator) - 0.4
+    noise = 0.3 * torch.rand(number, classes, *shape, generator=generator)
+    return ((smooth + bias + noise - 0.15).clamp(0, 1) * 64).round() / 64
+
+
+@pytest.mark.parametrize("shape", [(9, 8), (6, 5, 4)])
+@pytest.mark.parametrize("number", [1, 2, 4, 8])
+def test_expected_dice_is_the_best_of_all_thresholds(shape, number):
+    for seed in range(5):
+        members = uneven_members(shape, number, seed, classes=3)
+        summary = MemberSummary(members)
+        masks = summary.fuse("expected_dice") > 0.5
+        for mask, mean, votes in zip(masks, summary.mean, summary.votes.transpose(0, 1)):
+            searched = [mean_dice(mean > t, votes) for t in [*mean.unique().tolist(), -1.0]]
+            assert mean_dice(mask, votes) == pytest.approx(max(searched), abs=1e-12)
+            assert mean[mask].min() > mean[~mask].max()  # it is a threshold of the mean
+
+
+def test_expected_dice_where_members_are_of_different_minds():
+    """Two members see one half, two the other, one nothing: the majority's mask is empty, and like one member only."""
+    members = torch.zeros(5, 1, 4, 8)
+    members[:2, :, :2] = members[2:4, :, 2:] = 1
+    summary = MemberSummary(members)
+    votes = summary.votes[:, 0]
+    assert not (summary.fuse("vote") > 0.5).any()
+    mask = summary.fuse("expected_dice")[0] > 0.5
+    assert mask.all() and mean_dice(mask, votes) == pytest.approx(4 / 5 * 2 / 3)
+    assert expected_dice_threshold(summary.mean[0], votes) == pytest.approx(0.4, abs=1 / 1024)  # as near as can be
+
+
+@pytest.mark.parametrize("empty, expected", [(0, 16), (2, 16), (4, 0), (5, 0)])
+def test_an_empty_mask_scores_the_share_of_empty_members(empty, expected):
+    members = torch.full((5, 1, 4, 8), 0.1)
+    members[empty:, :, :2] = 0.9
+    assert int((MemberSummary(members).fuse("expected_dice") > 0.5).sum()) == expected
+
+
+def test_thresholds_that_are_as_good_give_way_to_one_half():
+    members = torch.tensor([0.0, 0.2, 0.45, 0.55, 1.0]).expand(3, 1, 2, 5)
+    summary = MemberSummary(members)
+    assert expected_dice_threshold(summary.mean[0], summary.votes[:, 0]) == 0.5
+    torch.testing.assert_close(summary.fuse("expected_dice"), summary.mean)
+
+
+def test_expected_dice_moves_the_threshold_to_one_half_and_keeps_the_order():
+    just_above = torch.tensor(0.25).nextafter(torch.tensor(1.0))
+    mean = torch.tensor([0.0, 0.1, 0.25, just_above, 0.6, 1.0])
+    summary = MemberSummary([mean.view(1, 1, 6)])
+    summary.votes = (mean > 0.25).view(1, 1, 1, 6)  # as if members of different sizes had that mean
+    fused = summary.fuse("expected_dice").flatten()
+    assert expected_dice_threshold(mean, summary.votes[0]) == 0.25
+    assert (fused > 0.5).tolist() == [False] * 3 + [True] * 3
+    assert (fused.diff() > 0).all() and fused[0] == 0 and fused[-1] == 1
+    torch.testing.assert_close(fused[[1, 4]], torch.tensor([0.2, 0.5 + 0.5 * 0.35 / 0.75]))
+
+
+def test_classes_compete_after_expected_dice_too():
+    members = uneven_members((9, 8), 6, 3, classes=2)
+    regions = Regions(2)
+    masks = regions.binarise(MemberSummary(members, regions.binarise).fuse("expected_dice"))
+    assert not masks.all(0).any() and masks.flatten(1).any(1).all()
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 6), st.integers(0, 10**6))
+def test_no_mean_at_one_half_has_a_greater_mean_dice(number, seed):
+    summary = MemberSummary(uneven_members((5, 6), number, seed))
+    best = mean_dice(summary.fuse("expected_dice")[0] > 0.5, summary.votes[:, 0])
+    assert best >= mean_dice(summary.fuse("mean")[0] > 0.5, summary.votes[:, 0]) - 1e-12
+
+
+def test_fusions_are_listed_where_another_is_asked_for():
+    assert [check_fusion(name) for name in FUSIONS] == ["staple", "mean", "vote", "expected_dice"]
+    with pytest.raises(InputError, match="fusion='median' must be one of staple, mean, vote, expected_dice"):
+        check_fusion("median")
+
+
 def test_entropies():
     torch.testing.assert_close(binary_entropy(torch.tensor([0.0, 0.5, 1.0])), torch.tensor([0.0, 1.0, 0.0]))
     split = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1)  # sure, and of different minds
@@ -112,6 +213,52 @@ def test_spread_among_members():
     assert MemberSummary(members[:1]).pairwise_dice().isnan().all()
     with pytest.raises(InputError, match="num_members"):
         MemberSummary([])
+
+
+@pytest.mark.parametrize("shape", [(6, 5), (4, 5, 3)])
+def test_dice_of_all_pairs(shape):
+    masks = torch.rand(5, *shape) > 0.6
+    masks[1] = masks[3] = False
+    expected = [[dice(a, b) for b in masks] for a in masks]
+    torch.testing.assert_close(dice_matrix(masks), torch.tensor(expected, dtype=torch.float64))
+
+
+def test_the_members_that_differ_most():
+    masks = torch.zeros(6, 2, 1, 8, dtype=torch.bool)
+    masks[:, 0, :, :2] = True
+    masks[4, 0] = torch.tensor([1, 1, 0, 0, 0, 0, 0, 0])
+    masks[1, 0] = torch.tensor([0, 0, 1, 1, 1, 0, 0, 0])
+    masks[3, 1] = torch.tensor([0, 0, 0, 0, 0, 0, 1, 1])  # differs in the other class
+    pairs = {pair: dice(masks[pair[0]], masks[pair[1]]) for pair in combinations(range(6), 2)}
+    assert pairs[0, 1] == min(pairs.values())
+    assert most_different(masks) == [0, 1, 3]
+    assert most_different(masks, 2) == [0, 1]
+
+
+def test_the_members_that_differ_most_of_few_or_of_equal_ones():
+    masks = torch.ones(5, 1, 2, 2, dtype=torch.bool)
+    assert [most_different(masks[:n]) for n in (1, 2, 3, 5)] == [[], [0, 1], [0, 1, 2], [0, 1, 2]]
+    assert most_different(~masks) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_the_probability_is_the_mean_of_the_members_whatever_the_fusion(fusion):
+    pred = uneven_members((6, 5), 4, seed=0, classes=2)
+    result = FuseMembersd("pred", 2, fusion=fusion)({"pred": pred.flatten(0, 1)})
+    torch.testing.assert_close(result["prob"], pred.mean(0))
+    fused = MemberSummary(pred, Regions(2).binarise).fuse(fusion)
+    assert torch.equal(result["mask"] > 0, Regions(2).binarise(fused))
+
+
+@pytest.mark.parametrize("regions", [None, {"disc": [1, 2], "cup": [2]}])
+def test_masks_of_members_are_what_each_would_be_alone(regions):
+    """Exclusive classes compete within a member."""
+    pred = torch.rand(3, 2, 6, 5, generator=torch.Generator().manual_seed(0))
+    assert (pred > 0.5).all(1).any()
+    result = FuseMembersd("pred", 2, regions)({"pred": pred.flatten(0, 1)})
+    alone = [FuseMembersd("pred", 2, regions, "mean")({"pred": member})["mask"] > 0 for member in pred]
+    assert torch.equal(result["member_masks"], torch.stack(alone))
+    torch.testing.assert_close(result["member_sizes"], torch.stack(alone).double().mean((2, 3)))
 
 
 def test_members_are_inverted_one_by_one():

@@ -1,4 +1,4 @@
-"""The ensemble inferer: what its noise depends on, windows, sizes; and the training inferer."""
+"""The ensemble inferer: what its noise depends on, windows, sizes."""
 
 from __future__ import annotations
 
@@ -12,10 +12,8 @@ import torch
 from monai.data import MetaTensor
 from monai.networks.schedulers import DDPMScheduler as MonaiDDPMScheduler
 
-from medsegdiff_monai.engines import SegmentationDiffusionPrepareBatch
 from medsegdiff_monai.errors import InputError
-from medsegdiff_monai.inferers import DiffusionEnsembleInferer, DiffusionTrainingInferer
-from medsegdiff_monai.losses import DiffusionSegmentationLoss
+from medsegdiff_monai.inferers import DiffusionEnsembleInferer
 from medsegdiff_monai.networks import MedSegDiffUNet
 from medsegdiff_monai.schedulers import DDIMScheduler, DDPMScheduler, DPMSolverPlusPlusScheduler
 
@@ -234,51 +232,6 @@ def test_a_sampler_whose_noise_is_not_the_members_is_refused():
         DiffusionEnsembleInferer(MonaiDDPMScheduler(), num_classes=1, roi_size=(8, 8))
 
 
-@pytest.mark.parametrize("prediction", ["sample", "epsilon", "v_prediction"])
-def test_one_training_pass(prediction):
-    torch.manual_seed(0)
-    scheduler = DDIMScheduler(prediction_type=prediction)
-    batch = {"image": torch.rand(2, 1, 8, 8), "label": (torch.rand(2, 2, 8, 8) > 0.5).float()}
-    mask, target, args, kwargs = SegmentationDiffusionPrepareBatch(scheduler)(batch, "cpu")
-    torch.testing.assert_close(mask, 2 * batch["label"] - 1)
-    expected = {
-        "sample": batch["label"],
-        "epsilon": kwargs["noise"],
-        "v_prediction": scheduler.get_velocity(mask, kwargs["noise"], kwargs["timesteps"]),
-    }[prediction]
-    torch.testing.assert_close(target, expected)
-    torch.testing.assert_close(kwargs["condition"], batch["image"])
-    net = MedSegDiffUNet(2, 1, 2, channels=[8, 8], num_res_blocks=1, ff_size=8, prediction_type=prediction)
-    out = DiffusionTrainingInferer(scheduler)(mask, net, *args, **kwargs)
-    loss = DiffusionSegmentationLoss(prediction)(out, target)
-    if prediction != "sample":
-        torch.testing.assert_close(loss, ((out - target) ** 2).mean())
-    loss.backward()
-    noisy = scheduler.add_noise(mask, kwargs["noise"], kwargs["timesteps"])
-    torch.testing.assert_close(out, net(noisy, kwargs["timesteps"], batch["image"]))
-
-
-@pytest.mark.parametrize("prediction, own_guess, calls", [("sample", 1.0, 2), ("sample", 0.0, 1), ("epsilon", 1.0, 1)])
-def test_a_batch_is_noised_from_the_networks_own_guess(prediction, own_guess, calls):
-    scheduler = DDIMScheduler(prediction_type=prediction)
-    seen = []
-
-    def network(x, timesteps, context):
-        seen.append((x, timesteps, torch.is_grad_enabled()))
-        return 3 * context
-
-    image, noise, mask = torch.randn(2, 1, 8, 8), torch.randn(2, 1, 8, 8), torch.ones(2, 1, 8, 8)
-    timesteps = torch.tensor([10, 700])
-    infer = DiffusionTrainingInferer(scheduler, own_guess=own_guess)
-    out = infer(mask, network, noise=noise, timesteps=timesteps, condition=image, mode="crossattn")
-    torch.testing.assert_close(out, 3 * image)
-    assert len(seen) == calls and seen[-1][2]
-    start = torch.tanh(3 * image / 2) if calls == 2 else mask  # the logit's x0
-    torch.testing.assert_close(seen[-1][0], scheduler.add_noise(start, noise, timesteps))
-    if calls == 2:
-        assert seen[0][1].tolist() == [999] and not seen[0][2] and not torch.equal(seen[0][0], noise)
-
-
 def test_a_network_in_training_mode_is_sampled_in_evaluation_mode_and_left_as_it_was():
     net = MedSegDiffUNet(2, 1, 1, channels=[8, 8], num_res_blocks=1, ff_size=8).train()
     torch.nn.init.normal_(net.out_conv.weight)
@@ -288,45 +241,6 @@ def test_a_network_in_training_mode_is_sampled_in_evaluation_mode_and_left_as_it
     assert net.training
     torch.testing.assert_close(out, infer(image, net.eval()))
     assert not net.training
-
-
-def test_items_of_pure_noise_need_no_guess():
-    scheduler, sizes = DDIMScheduler(prediction_type="sample"), []
-
-    def network(x, timesteps, context):
-        sizes.append(len(x))
-        return context
-
-    image, mask = torch.randn(3, 1, 8, 8), torch.ones(3, 1, 8, 8)
-    more = {"noise": torch.randn(3, 1, 8, 8), "condition": image, "mode": "crossattn"}
-    infer = DiffusionTrainingInferer(scheduler, own_guess=1.0)
-    infer(mask, network, timesteps=torch.tensor([999, 10, 999]), **more)
-    infer(mask, network, timesteps=torch.tensor([999, 999, 999]), **more)
-    assert sizes == [1, 3, 3]
-
-
-def test_loss_on_x0_is_dice_and_cross_entropy_in_float32():
-    torch.manual_seed(0)
-    logits, target = torch.randn(3, 2, 6, 6, dtype=torch.float64), (torch.rand(3, 2, 6, 6) > 0.6).double()
-    p = torch.sigmoid(logits)
-    dice = 1 - (2 * (p * target).sum((2, 3)) + 1e-5) / (p.sum((2, 3)) + target.sum((2, 3)) + 1e-5)
-    bce = -(target * p.log() + (1 - target) * (1 - p).log())
-    loss = DiffusionSegmentationLoss("sample")
-    assert loss(logits, target).item() == pytest.approx(float(dice.mean() + bce.mean()), abs=1e-5)
-    assert loss(logits.bfloat16(), target).dtype == torch.float32
-
-
-def test_training_under_bfloat16_autocast_returns_finite_gradients():
-    scheduler = DDIMScheduler()
-    batch = {"image": torch.rand(1, 1, 4, 4), "label": torch.ones(1, 1, 4, 4)}
-    mask, target, _, kwargs = SegmentationDiffusionPrepareBatch(scheduler)(batch, "cpu")
-    net = MedSegDiffUNet(2, 1, 1, channels=[8, 8], num_res_blocks=1, ff_size=4)
-    for block in net.modules():  # what starts at zero lets no gradient through
-        torch.nn.init.normal_(block.weight, std=0.1) if getattr(block, "weight", None) is not None else None
-    out = DiffusionTrainingInferer(scheduler, amp="true", own_guess=1.0)(mask, net, **kwargs)
-    assert out.dtype == torch.bfloat16
-    DiffusionSegmentationLoss()(out, target).backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
 
 
 def test_one_inferer_serves_many_threads():

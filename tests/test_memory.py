@@ -34,7 +34,7 @@ def test_a_whole_brain_of_four_channels_with_five_members(tmp_path):
     (tmp_path / "data").mkdir()
     nib.save(nib.Nifti1Image(volume, np.eye(4)), tmp_path / "data" / "brain.nii")
     (tmp_path / "models").mkdir()
-    net = MedSegDiffUNet(3, 4, 3, channels=[2, 2], num_res_blocks=1, ff_size=[96, 96, 96])
+    net = MedSegDiffUNet(3, 4, 3, channels=[2, 2], num_res_blocks=1, stem_stride=2, ff_size=[96, 96, 96])
     torch.save(net.state_dict(), tmp_path / "models" / "model.pt")
     arguments = [CONFIGS, tmp_path / "data", tmp_path / "models", tmp_path / "out", ROOT / "bundle"]
     done = subprocess.run(

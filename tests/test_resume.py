@@ -28,7 +28,7 @@ def assert_equal(first: Path, second: Path) -> None:
 @pytest.mark.parametrize("workers", [0, 1])
 def test_each_epoch_has_the_randomness_of_its_number_alone(workers, bundle, volumes, tmp_path):
     """Patches, flips and augmentation included; neither resuming nor validation in between changes it."""
-    settings = {**VOLUME_SETTINGS, "dataset_dir": volumes, "max_epochs": 3, "own_guess": 0.5, "augmentation": NOISE}
+    settings = {**VOLUME_SETTINGS, "dataset_dir": volumes, "max_epochs": 3, "augmentation": NOISE}
     settings["train#dataloader#num_workers"] = workers
     bundle("train", **settings, val_interval=1, ckpt_dir=tmp_path / "whole")
     halves = {**settings, "val_interval": 3, "ckpt_dir": tmp_path / "halves"}

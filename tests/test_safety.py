@@ -10,9 +10,9 @@ from torch.amp import GradScaler
 
 from medsegdiff_monai.errors import InputError
 from medsegdiff_monai.handlers import GradientClipping, GradientScaling, StopOnBadLoss
-from medsegdiff_monai.inferers import DiffusionEnsembleInferer, DiffusionTrainingInferer
-from medsegdiff_monai.losses import DiffusionSegmentationLoss
+from medsegdiff_monai.inferers import DiffusionEnsembleInferer
 from medsegdiff_monai.networks import MedSegDiffUNet
+from medsegdiff_monai.objective import DiffusionTrainingInferer, mask_loss
 from medsegdiff_monai.schedulers import DDIMScheduler
 from medsegdiff_monai.settings import amp_dtype
 
@@ -139,11 +139,12 @@ def test_under_autocast_loss_and_ff_parser_are_float32(amp, monkeypatch):
     net = MedSegDiffUNet(2, 1, 1, channels=[8, 8], num_res_blocks=1, ff_size=8)
     scheduler = DDIMScheduler()
     mask = torch.rand(2, 1, 8, 8).round() * 2 - 1
-    infer = DiffusionTrainingInferer(scheduler, amp=amp, own_guess=1.0)
-    out = infer(mask, net, noise=torch.randn_like(mask), timesteps=torch.tensor([3, 900]), condition=mask)
+    infer = DiffusionTrainingInferer(scheduler, amp=amp)
+    drawn = {"noise": torch.randn_like(mask), "timesteps": torch.tensor([3, 900]), "guessed": torch.tensor([True] * 2)}
+    out = infer(mask, net, condition=mask, **drawn)
     assert out.dtype == amp_dtype(amp)  # the network did run in it
     assert set(transformed) == {torch.float32}
-    loss = DiffusionSegmentationLoss()(out, (mask + 1) / 2)
+    loss = mask_loss(out, (mask + 1) / 2)
     assert loss.dtype == torch.float32
     loss.backward()
     assert all(p.grad is None or p.grad.dtype == torch.float32 for p in net.parameters())

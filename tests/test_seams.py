@@ -7,10 +7,9 @@ from itertools import combinations
 import pytest
 import torch
 
-from medsegdiff_monai.engines import SegmentationDiffusionPrepareBatch
-from medsegdiff_monai.inferers import DiffusionEnsembleInferer, DiffusionTrainingInferer
-from medsegdiff_monai.losses import DiffusionSegmentationLoss
+from medsegdiff_monai.inferers import DiffusionEnsembleInferer
 from medsegdiff_monai.networks import MedSegDiffUNet
+from medsegdiff_monai.objective import DiffusionTrainingInferer, SegmentationDiffusionPrepareBatch, ensemble_score
 from medsegdiff_monai.schedulers import DPMSolverPlusPlusScheduler
 
 SCHEDULER = DPMSolverPlusPlusScheduler(schedule="cosine")
@@ -21,7 +20,7 @@ def discs(number: int, size: int, per_image: int) -> dict[str, torch.Tensor]:
     grid = torch.stack(torch.meshgrid(*[torch.arange(float(size))] * 2, indexing="ij"))
     centres, radii = torch.rand(number, per_image, 2, 1, 1) * size, 2 + 4 * torch.rand(number, per_image, 1, 1)
     mask = (((grid - centres) ** 2).sum(2) < radii**2).any(1, keepdim=True).float()
-    return {"image": mask + 2.5 * torch.randn_like(mask), "label": mask}
+    return {"image": mask + 2.5 * torch.randn_like(mask), "label": mask[:, None]}
 
 
 @pytest.fixture(scope="module")
@@ -29,12 +28,12 @@ def trained() -> MedSegDiffUNet:
     torch.manual_seed(0)
     net = MedSegDiffUNet(2, 1, 1, channels=[8, 16, 16], num_res_blocks=1, ff_size=32)
     optimizer = torch.optim.AdamW(net.parameters(), 2e-3)
-    infer, loss = DiffusionTrainingInferer(SCHEDULER), DiffusionSegmentationLoss()
+    infer = DiffusionTrainingInferer(SCHEDULER)
     prepare = SegmentationDiffusionPrepareBatch(SCHEDULER)
     for _ in range(200):
         inputs, targets, _, kwargs = prepare(discs(8, 32, 3), "cpu")
         optimizer.zero_grad()
-        loss(infer(inputs, net, **kwargs), targets).backward()
+        ensemble_score(infer(inputs, net, **kwargs), targets).backward()
         optimizer.step()
     return net.eval()
 
@@ -42,7 +41,7 @@ def trained() -> MedSegDiffUNet:
 @pytest.mark.parametrize("overlap", [0.25, 0.5, 0.75])
 def test_windows_differ_from_the_whole_field_less_than_members_do(trained, overlap):
     image = discs(4, 64, 7)["image"]
-    settings = {"num_classes": 1, "num_members": 4, "num_steps": 2}
+    settings = {"num_classes": 1, "num_members": 4}
     whole = DiffusionEnsembleInferer(SCHEDULER, roi_size=(64, 64), **settings)(image, trained)
     windows = DiffusionEnsembleInferer(SCHEDULER, roi_size=(32, 32), overlap=overlap, **settings)(image, trained)
     among = torch.stack([(whole[:, a] - whole[:, b]).abs().mean() for a, b in combinations(range(4), 2)]).mean()

@@ -124,7 +124,7 @@ def test_a_marked_corner_stays_where_it_is(tmp_path):
 
 def test_a_marked_corner_of_a_picture_stays_where_it_is(tmp_path):
     """As the volume's, through another resolution; neither mirrored nor transposed in the NIfTI or the PNG."""
-    from medsegdiff_monai.results import _png_bytes
+    from medsegdiff_monai.pictures import palette_png_bytes
 
     pixels = np.zeros((20, 36), np.uint8)  # rows, columns
     pixels[:6, :10] = 255
@@ -137,7 +137,7 @@ def test_a_marked_corner_of_a_picture_stays_where_it_is(tmp_path):
     item["pred"] = item["image"].clone() > 0
     result = np.asarray(parser.get_parsed_content("postprocessing")(item)["pred"])[0]
     np.testing.assert_array_equal(result.T, pixels > 0)
-    (tmp_path / "mask.png").write_bytes(_png_bytes(result))
+    (tmp_path / "mask.png").write_bytes(palette_png_bytes(result))
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "mask.png")), pixels > 0)
 
 

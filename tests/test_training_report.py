@@ -25,7 +25,7 @@ def test_a_training_shows_how_it_goes_and_stops_early(bundle, tmp_path, capsys):
     make_png_dataset(data, cases=11)
     settings = {
         **PICTURE_SETTINGS, "dataset_dir": data, "learning_rate": 0.0, "max_epochs": 9, "patience": 2,
-        "validate#handlers#2#number": 2,
+        "validate#handlers#3#number": 2,
     }  # fmt: skip
     out = bundle("train", **settings)
     assert "Stopped early: no validation since epoch 1 was better (patience=2)" in capsys.readouterr().out

@@ -12,7 +12,7 @@ from monai.bundle import ConfigParser
 from medsegdiff_monai.engines import cosine_decay, optimizer_step
 from medsegdiff_monai.errors import InputError
 
-from .conftest import CONFIGS, PICTURE_SETTINGS, ROOT, TINY, make_png_dataset, write_json
+from .conftest import CONFIGS, PICTURE_SETTINGS, ROOT, TINY, UNCHANGED, make_png_dataset, write_json
 
 
 def read(folder, name="checkpoint_epoch=2.pt"):
@@ -30,11 +30,11 @@ def squares(tmp_path_factory):
 def test_accumulated_gradients_are_those_of_the_larger_batch(bundle, squares, tmp_path):
     """Clipping and averaged weights follow the optimiser's steps: eight cases as four batches of two or two of four."""
     settings = {
-        **PICTURE_SETTINGS, "dataset_dir": squares, "max_epochs": 2, "val_interval": 2, "own_guess": 0.0,
+        **PICTURE_SETTINGS, "dataset_dir": squares, "max_epochs": 2, "val_interval": 2,
         "max_grad_norm": 0.1, "splits": "$dict(training=[{'image': f'%s/image_{i}.png', 'label': f'%s/label_{i}.png',"
         " 'case': str(i)} for i in range(8)], validation=[{'image': '%s/image_8.png', 'label': '%s/label_8.png'}])"
         % ((squares,) * 4),
-        "train#dataset#transform": "@validate#preprocessing",
+        "train#dataset#transform": UNCHANGED,
         "train#dataloader#sampler": {"_target_": "torch.utils.data.SequentialSampler", "data_source": "@train#dataset"},
         "train#trainer#prepare_batch#_target_": "tests.distributed_parts.PrepareBatchByCase",
     }  # fmt: skip

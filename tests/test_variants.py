@@ -12,8 +12,10 @@ import torch
 from monai.bundle import ConfigParser
 from monai.transforms import Compose
 
-from medsegdiff_monai.losses import DiffusionSegmentationLoss
 from medsegdiff_monai.networks import DynamicConditioning, FFParser
+from medsegdiff_monai.networks.medsegdiff_unet import MaskGate
+from medsegdiff_monai.objective import ensemble_score, noise_loss
+from medsegdiff_monai.schedulers import DDPMScheduler
 
 from .conftest import CONFIGS, ROOT
 
@@ -52,12 +54,13 @@ def test_every_pair_takes_a_training_step(dataset, variant, paper):
         times = torch.empty(1)
     out = network(mask, times, image)
     assert out.shape == mask.shape
-    DiffusionSegmentationLoss(parser["prediction_type"])(out, mask).backward()
+    loss = parser.get_parsed_content("loss")
+    loss(out, mask[:, None] if not paper else mask).backward()
     assert all(p.grad is not None and p.grad.shape == p.shape for p in network.parameters())
     optimizer.step()
     assert parser["learning_rate"] == 1e-4
     assert isinstance(parser.get_parsed_content("train#preprocessing"), Compose)
-    assert parser.get_parsed_content("loss").prediction_type == ("epsilon" if paper else "sample")
+    assert loss is (noise_loss if paper else ensemble_score)
 
 
 def test_the_paper_overlay_sets_the_papers_sampling():
@@ -66,7 +69,22 @@ def test_the_paper_overlay_sets_the_papers_sampling():
     parser["bundle_root"] = ""
     inferer = parser.get_parsed_content("inferer")
     assert (inferer.num_steps, inferer.num_members) == (100, 25)
+    scheduler = inferer.scheduler
+    assert type(scheduler) is DDPMScheduler and scheduler.prediction_type == "epsilon"
+    linear = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)  # Ho et al., arXiv 2006.11239, section 4
+    torch.testing.assert_close(scheduler.betas, linear, rtol=1e-5, atol=0)
     assert parser.get_parsed_content("postprocessing").transforms[-1].fusion == "staple"
+
+
+def test_the_paper_overlay_trains_as_the_paper_does():
+    """Noise is predicted, from masks that raters drew, at any timestep alike, by a network without our additions."""
+    parser = compose("generic_2d", "paper")
+    prepare = parser.get_parsed_content("train#trainer#prepare_batch")
+    assert (prepare.objective.last_share, prepare.objective.own_guess, prepare.num_members) == (0.0, 0.0, 1)
+    network = parser.get_parsed_content("network_def")
+    assert network.stem_stride == 1 and not any(isinstance(m, MaskGate) for m in network.modules())
+    assert any(isinstance(m, MaskGate) for m in compose("generic_2d").get_parsed_content("network_def").modules())
+    assert parser["learning_rate"] == 1e-4
 
 
 @pytest.mark.parametrize("variant, downsamplings", [("s", 4), ("b", 5), ("l", 6), ("plusplus", 6)])

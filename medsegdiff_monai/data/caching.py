@@ -93,7 +93,7 @@ class DiskCacheDataset(PersistentDataset):
 
 def _hash_with_files(item: Mapping[str, Any]) -> bytes:
     """Hash an entry of a data list with size and time of the files it names, those of a DICOM folder included."""
-    named = [item[key] for key in ("image", "label") if key in item]
+    named = [item[key] for key in ("image", "label", "raters") if key in item]
     paths = [Path(p) for value in named for p in ([value] if isinstance(value, str) else value)]
     files = [file for path in paths for file in (sorted(path.iterdir()) if path.is_dir() else [path])]
     return pickle_hashing([dict(item), [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from ..errors import InputError
 from ..transforms import Regions
 from .reading import load_image
 
-__all__ = ["DataSpec", "check_items", "first_file"]
+__all__ = ["DataSpec", "check_items", "first_file", "rater_files"]
 
 SHOWN = 20  # faults that a message lists in full
 
@@ -44,6 +45,34 @@ class DataSpec:
 def first_file(image: str | Sequence[str]) -> str:
     """The file that names a case: the only one, or the first of several that are stacked as channels."""
     return image if isinstance(image, str) else image[0]
+
+
+def rater_files(entry: Mapping[str, Any], place: str) -> list[str]:
+    """The files that an entry of a data list names under ``labels``, one label map for each rater of the case.
+
+    Args:
+        entry: of the data list.
+        place: file and position of the entry, for messages.
+
+    Returns:
+        The files as they are written there; none where the entry has no ``labels``.
+
+    Raises:
+        InputError: for anything but a list of different file names.
+    """
+    if "labels" not in entry:
+        return []
+    files = entry["labels"]
+    if not (isinstance(files, list) and files and all(isinstance(file, str) and file for file in files)):
+        raise InputError(
+            f"{place}: 'labels' is {str(files)[:100]!r}, no list of file names: list one file for each rater, "
+            "or leave it out."
+        )
+    counts = Counter(os.path.normpath(file) for file in files)
+    twice = next((file for file, count in counts.items() if count > 1), None)
+    if twice is not None:
+        raise InputError(f"{place}: 'labels' lists {twice[:200]!r} more than once: list each rater's file once.")
+    return files
 
 
 def _check_image(path: str | Sequence[str], spec: DataSpec) -> MetaTensor:
@@ -117,8 +146,8 @@ def check_items(items: Sequence[dict[str, Any]], spec: DataSpec, labelled: bool)
     """Read every file of a data list and check it against the config variables.
 
     Args:
-        items: data list with ``image`` (a file, a DICOM folder, or several files to stack) and ``label``. Labelled
-            items get the key ``foreground``: whether the label has any.
+        items: data list with ``image`` (a file, a DICOM folder, or several files to stack) and ``label``, ``raters``
+            (a list of label maps) or both. Labelled items get the key ``foreground``: whether any of these has any.
         spec: what the config variables say.
         labelled: whether labels are needed.
 
@@ -128,13 +157,15 @@ def check_items(items: Sequence[dict[str, Any]], spec: DataSpec, labelled: bool)
     regions = Regions(spec.num_classes, spec.regions)
 
     def check(item: dict[str, Any]) -> None:
-        if labelled and "label" not in item:
+        labels = [*([item["label"]] if "label" in item else []), *item.get("raters", [])]
+        if labelled and not labels:
             raise InputError(
                 f"{first_file(item['image'])}: has no label in the data list: add it, or take the case out."
             )
         image = _check_image(item["image"], spec)
         if labelled:
-            item["foreground"] = _check_label(item["label"], image, spec, regions)
+            # a list, since every file must be checked, even after one with foreground
+            item["foreground"] = any([_check_label(label, image, spec, regions) for label in labels])
 
     return _faults(items, check)
 

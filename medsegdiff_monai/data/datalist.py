@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from ..outputs import OUTPUTS, check_outputs, output_files
 from ..settings import as_bool
-from .checks import SHOWN, DataSpec, check_items, first_file, refuse
+from .checks import SHOWN, DataSpec, check_items, first_file, rater_files, refuse
 from .reading import IMAGE_SUFFIXES, files_below, read_json
 
 __all__ = [
@@ -24,7 +25,6 @@ __all__ = [
     "hold_out",
     "inference_items",
     "is_dicom_file",
-    "segmentation_file",
     "stem_of",
     "training_splits",
 ]
@@ -64,7 +64,7 @@ def _dataset_folder(dataset_dir: str | Path) -> Path:
 
 
 def _read_lists(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """Read ``dataset.json``; paths become absolute, keys other than image, label and the group are dropped."""
+    """Read ``dataset.json``; paths become absolute, ``labels`` become ``raters``, keys but these and the group go."""
     file = folder / "dataset.json"
     if not file.is_file():
         raise InputError(f"{file}: no such file: --dataset_dir must hold a Decathlon-style dataset.json.")
@@ -94,6 +94,9 @@ def _entry(entry: Any, split: str, index: int, file: Path) -> dict[str, Any]:
     item = {"image": _absolute(entry["image"], file.parent)}
     if "label" in entry:
         item["label"] = _absolute(entry["label"], file.parent)
+    raters = rater_files(entry, f"{file}: {split}[{index}]")
+    if raters:
+        item["raters"] = _absolute(raters, file.parent)
     group = entry.get("patient", entry.get("cluster"))
     return item if group is None else {**item, "group": str(group)}
 
@@ -137,7 +140,7 @@ def case_names(images: Sequence[str | Sequence[str]]) -> list[str]:
 
 def _named(items: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     names = case_names([item["image"] for item in items])
-    keep = ("image", "label", "foreground")
+    keep = ("image", "label", "raters", "foreground")
     return [{**{k: item[k] for k in keep if k in item}, "case": n} for item, n in zip(items, names)]
 
 
@@ -158,6 +161,8 @@ def hold_out(items: list[dict[str, Any]], seed: int) -> tuple[list[dict[str, Any
 
 def training_splits(dataset_dir: str, spec: DataSpec, seed: int = 0) -> dict[str, list[dict[str, Any]]]:
     """Return the checked data lists ``training`` and ``validation`` of a Decathlon folder; ``test`` is never touched.
+
+    A case has the key ``label``, the key ``raters`` (a list of files, ``labels`` in ``dataset.json``), or both.
 
     Without ``validation`` in ``dataset.json``, 20 % of ``training`` are held out by ``seed``, grouped by ``patient`` or
     ``cluster`` where the cases carry one.
@@ -226,7 +231,8 @@ def evaluation_items(
 ) -> list[dict[str, Any]]:
     """Return the checked, labelled cases of ``validation``, else ``test``, of a Decathlon folder.
 
-    Where neither lists labelled cases, they are those of ``training`` that a training of that ``seed`` holds out.
+    Where neither lists labelled cases, they are those of ``training`` that a training of that ``seed`` holds out. Cases
+    have ``label``, ``raters`` or both, as in :func:`training_splits`.
 
     Args:
         dataset_dir: folder that holds ``dataset.json``.
@@ -239,7 +245,7 @@ def evaluation_items(
     """
     folder = _dataset_folder(dataset_dir)
     lists = _read_lists(folder)
-    labelled = any("label" in item for split in ("validation", "test") for item in lists[split])
+    labelled = any({"label", "raters"} & item.keys() for split in ("validation", "test") for item in lists[split])
     if eval_split is None and not labelled:
         lists["validation"] = hold_out(lists["training"], seed)[1]
     items = _split(lists, ("validation", "test"), eval_split, "eval_split", folder / "dataset.json")
@@ -272,11 +278,12 @@ def inference_items(
     overwrite: bool | str = False,
     images: Sequence[str] | None = None,
     seed: int = 0,
+    outputs: Sequence[str] | str = OUTPUTS,
 ) -> CaseList:
     """Return the cases to segment: those of a Decathlon folder, or all images below a plain folder.
 
-    Bad cases are named and left out (:meth:`CaseList.report`). Finished ones are left out too: those whose mask in
-    ``output_dir`` is newer than the image and the checkpoint.
+    Bad cases are named and left out (:meth:`CaseList.report`). Finished ones are left out too: those of which all that
+    ``outputs`` asks for is in ``output_dir``, newer than the image and the checkpoint.
 
     Args:
         dataset_dir: Decathlon folder (``test``, else ``validation``) or a folder of images.
@@ -287,10 +294,12 @@ def inference_items(
         overwrite: whether to segment finished cases again.
         images: files to segment, in place of ``dataset_dir``.
         seed: seed of the training's split, for a Decathlon folder that lists training cases alone: those held out.
+        outputs: what is written, see :func:`medsegdiff_monai.outputs.check_outputs`.
 
     Raises:
-        InputError: where there is nothing to read, or no case is good.
+        InputError: where there is nothing to read, no case is good, or ``outputs`` are none.
     """
+    wanted = check_outputs(outputs)
     if images:
         items = [{"image": str(Path(image).resolve())} for image in images]
     else:
@@ -313,7 +322,8 @@ def inference_items(
             if sources.get(item["case"], str(source)) == str(source):
                 break
             item["case"] = f"{part}_{item['case']}"
-        done = sources.get(item["case"]) == str(source) and _finished(item, output_dir, checkpoint)
+        results = output_files(output_dir, item["case"], wanted)
+        done = sources.get(item["case"]) == str(source) and _finished(item, results, checkpoint)
         if as_bool(overwrite) or not done:
             todo.append(item)
     if len(todo) < len(items):
@@ -325,11 +335,6 @@ def inference_items(
     return CaseList(good, [fault for fault in faults if fault is not None])
 
 
-def segmentation_file(output_dir: str | Path, case: str) -> Path:
-    """Where the mask of a case is written."""
-    return Path(output_dir) / case / f"{case}_seg.nii.gz"
-
-
 def _sources(output_dir: str) -> dict[str, str]:
     """The file that each case in ``cases.csv`` was segmented from."""
     table = Path(output_dir) / "cases.csv"
@@ -339,7 +344,9 @@ def _sources(output_dir: str) -> dict[str, str]:
         return {row["case"]: row.get("source", "") for row in csv.DictReader(file)}
 
 
-def _finished(item: Mapping[str, Any], output_dir: str, checkpoint: str) -> bool:
-    mask = segmentation_file(output_dir, item["case"])
+def _finished(item: Mapping[str, Any], results: Sequence[Path], checkpoint: str) -> bool:
+    """Whether all results are there, and none is older than what it was made from."""
     sources = [Path(first_file(item["image"])), Path(checkpoint)]
-    return mask.is_file() and all(s.exists() and s.stat().st_mtime <= mask.stat().st_mtime for s in sources)
+    if not all(file.is_file() for file in [*results, *sources]):
+        return False
+    return max(s.stat().st_mtime for s in sources) <= min(file.stat().st_mtime for file in results)

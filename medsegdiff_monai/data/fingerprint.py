@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ class CaseFacts:
 
     Args:
         name: its image.
-        mask: its label, or "".
+        mask: its label, or "" where it has none, or only those of raters.
         split: ``training``, ``validation`` or ``test``.
         dims: spatial axes.
         channels: channels of the image.
@@ -47,8 +48,10 @@ class CaseFacts:
         spacing: millimetres along each axis.
         intensity: percentiles of each channel (channels, 3).
         foreground: percentiles of each channel where the label is not 0 (channels, 3); None where it is 0 or missing.
-        voxels: voxels of each label but 0; None without label.
+        voxels: voxels of each label but 0, where there are only raters their mean; None without label.
         digest: hash of the image's content.
+        raters: voxels of each label but 0 in each rater's file.
+        agreement: mean Dice between pairs of raters; None where there are fewer than two.
     """
 
     name: str
@@ -60,24 +63,62 @@ class CaseFacts:
     spacing: tuple[float, ...]
     intensity: np.ndarray
     foreground: np.ndarray | None
-    voxels: dict[int, int] | None
+    voxels: dict[int, float] | None
     digest: str
+    raters: Mapping[str, dict[int, float]] = field(default_factory=dict)
+    agreement: float | None = None
+
+    @property
+    def files(self) -> dict[str, dict[int, float]]:
+        """Voxels of each label but 0 in each file of labels."""
+        return {**({self.mask: self.voxels or {}} if self.mask else {}), **self.raters}
 
 
-def measure(image: MetaTensor, label: MetaTensor | None, name: str, mask: str, split: str, digest: str) -> CaseFacts:
-    """Measure a case that has passed the checks."""
+def _voxels(label: np.ndarray) -> dict[int, float]:
+    values, counts = np.unique(label, return_counts=True)
+    return {int(v): float(n) for v, n in zip(values, counts) if v}
+
+
+def _agreement(maps: Sequence[np.ndarray]) -> float | None:
+    """Mean Dice over all pairs of label maps and all labels that any of them has; two empty masks have 1."""
+    if len(maps) < 2:
+        return None
+    scores = []
+    for value in sorted({value for one in maps for value in _voxels(one)}):
+        masks = [one == value for one in maps]
+        sizes = [np.count_nonzero(mask) for mask in masks]
+        for i, j in combinations(range(len(maps)), 2):
+            total = sizes[i] + sizes[j]
+            scores.append(2 * np.count_nonzero(masks[i] & masks[j]) / total if total else 1.0)
+    return float(np.mean(scores)) if scores else 1.0
+
+
+def measure(
+    image: MetaTensor,
+    label: MetaTensor | None,
+    name: str,
+    mask: str,
+    split: str,
+    digest: str,
+    raters: Mapping[str, MetaTensor] | None = None,
+) -> CaseFacts:
+    """Measure a case that has passed the checks; where it has no label, its raters together stand for one."""
     dims = image.ndim - 1
     axes = list(range(dims))
     affine = to_affine_nd(3, image.affine).numpy()
     spacing = nib.affines.voxel_sizes(affine)
     if dims == 3:
         axes = np.argsort(nib.io_orientation(affine)[:, 0]).tolist()
-    voxels = foreground = None
-    if label is not None:
-        inside = image.numpy()[:, label.numpy()[0] != 0]
+    voxels: dict[int, float] | None = None
+    foreground = None
+    drawn = {file: rater.numpy()[0] for file, rater in (raters or {}).items()}
+    maps = list(drawn.values()) if label is None else [label.numpy()[0]]
+    if maps:
+        inside = image.numpy()[:, np.any([one != 0 for one in maps], axis=0)]
         foreground = np.percentile(inside, PERCENTILES, axis=1).T if inside.size else None
-        values, counts = np.unique(label.numpy(), return_counts=True)
-        voxels = {int(v): int(n) for v, n in zip(values, counts) if v}
+        counts = [_voxels(one) for one in maps]
+        found = {value for count in counts for value in count}
+        voxels = {value: sum(count.get(value, 0) for count in counts) / len(maps) for value in sorted(found)}
     return CaseFacts(
         name=name,
         mask=mask,
@@ -90,6 +131,8 @@ def measure(image: MetaTensor, label: MetaTensor | None, name: str, mask: str, s
         foreground=foreground,
         voxels=voxels,
         digest=digest,
+        raters={file: _voxels(one) for file, one in drawn.items()},
+        agreement=_agreement(list(drawn.values())),
     )
 
 
@@ -109,8 +152,27 @@ def _percentiles(cases: Sequence[np.ndarray]) -> dict[str, list[float]]:
     }
 
 
+def _raters(facts: Sequence[CaseFacts]) -> dict[str, Any]:
+    """How many raters the cases have, and how far they agree; empty where none has any."""
+    rated = [case for case in facts if case.raters]
+    if not rated:
+        return {}
+    numbers = [len(case.raters) for case in rated]
+    agreement = [case.agreement for case in rated if case.agreement is not None]
+    masks = [voxels for case in rated for voxels in case.raters.values()]
+    return {
+        "raters": {
+            "cases": len(rated),
+            "per_case": {"min": min(numbers), "median": float(np.median(numbers)), "max": max(numbers)},
+            "mean_pairwise_dice": round(float(np.mean(agreement)), 4) if agreement else None,
+            "masks": len(masks),
+            "empty_masks": sum(not voxels for voxels in masks),
+        }
+    }
+
+
 def fingerprint(facts: Sequence[CaseFacts]) -> dict[str, Any]:
-    """Summarise cases of one kind: sizes, spacing, intensities and class volumes.
+    """Summarise cases of one kind: sizes, spacing, intensities, class volumes, and raters where there are any.
 
     Args:
         facts: cases of the same number of axes and channels, at least one.
@@ -137,6 +199,7 @@ def fingerprint(facts: Sequence[CaseFacts]) -> dict[str, Any]:
         "intensity": _percentiles([case.intensity for case in facts]),
         "intensity_of_foreground": _percentiles([c.foreground for c in facts if c.foreground is not None]),
         "classes": classes,
+        **_raters(facts),
     }
 
 
@@ -201,7 +264,8 @@ def propose(found: Mapping[str, Any], regions: Mapping[str, Sequence[int]], fold
     cases = found["cases"].get("training", 1)
     features = CHANNELS[dims][0] * math.prod(roi) / STEM_STRIDE**dims
     batch = int(budget / (BYTES_PER_FEATURE * features))
-    cache_bytes = 4 * cached * (found["channels"] + 1) * sum(found["cases"].values())
+    maps = found["raters"]["per_case"]["max"] if "raters" in found else 1
+    cache_bytes = 4 * cached * (found["channels"] + maps) * sum(found["cases"].values())
     return {
         "dataset_dir": str(folder.resolve()),
         "spatial_dims": dims,

@@ -23,7 +23,7 @@ class CaseFiles:
     """Write the files of one case, each of them whole or not at all.
 
     Args:
-        output: folder that receives ``images/`` and ``labels/``.
+        output: folder that receives ``images/`` and ``labels/``, and ``labels_1/``, ``labels_2/`` ... of raters.
     """
 
     def __init__(self, output: Path) -> None:
@@ -94,6 +94,7 @@ class Case:
         sources: the raw files.
         convert: writes the case; returns its items for the data list.
         split: ``training``, ``validation``, ``test``, ``unlabelled``, or None to be drawn by the seed.
+        recipe: what besides the sources decides what is written; a case that was written by another is done again.
     """
 
     name: str
@@ -101,6 +102,7 @@ class Case:
     sources: Sequence[Path]
     convert: Callable[[CaseFiles], list[dict[str, Any]]]
     split: str | None = None
+    recipe: str = ""
 
 
 @dataclass

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from monai.utils import ensure_tuple
 from tqdm import tqdm
 
 from ..errors import InputError
@@ -47,7 +48,7 @@ def prepare(kind: str, source: str, output: str, seed: int = 0, workers: int | N
         seed: seed of the split.
         workers: cases at a time; by default one for each processor.
         **options: of the kind: ``crop_disc`` (refuge), ``slices`` and ``regions`` (brats), ``rater`` (ddti),
-            ``patient_pattern`` (folder).
+            ``patient_pattern`` and ``raters`` (folder).
 
     Raises:
         InputError: for a source that is not of this kind, and, after the others are written, for bad cases.
@@ -121,10 +122,11 @@ def _convert(case: Case, output: Path) -> dict[str, Any]:
     file = output / RECORDS / "cases" / f"{case.name}.json"
     if file.is_file() and all(p.exists() and p.stat().st_mtime <= file.stat().st_mtime for p in case.sources):
         finished = read_json(file)
-        if all((output / path).is_file() for item in finished["items"] for path in item.values()):
+        written = [path for item in finished["items"] for value in item.values() for path in ensure_tuple(value)]
+        if finished.get("recipe", "") == case.recipe and all((output / path).is_file() for path in written):
             return finished
     files = CaseFiles(output)
-    record = {"items": case.convert(files), "values": sorted(files.values)}
+    record = {"items": case.convert(files), "values": sorted(files.values), "recipe": case.recipe}
     write_atomically(file, json.dumps(record).encode())
     return record
 
@@ -166,6 +168,10 @@ def _summarise(layout: Layout, content: dict[str, Any], output: Path) -> None:
         items = content.get(split, [])
         print(f"  {split:<11} {len(items):>6} images of {len({item['patient'] for item in items})} patients")
     print(f"  labels      {', '.join(f'{value} {name}' for value, name in content['labels'].items())}")
+    raters = [len(i["labels"]) for split in ("training", "validation", "test") for i in content[split] if "labels" in i]
+    if raters:
+        number = "-".join(dict.fromkeys((str(min(raters)), str(max(raters)))))
+        print(f"  raters      {number} in each of {len(raters)} images")
     print(f"  split       {content['split']}")
     for note in layout.notes[:SHOWN]:
         print(f"  note: {note}")

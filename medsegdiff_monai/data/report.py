@@ -21,7 +21,7 @@ from tqdm import tqdm
 from ..errors import InputError
 from ..files import write_atomically
 from ..settings import as_bool
-from .checks import SHOWN, same_affine
+from .checks import SHOWN, rater_files, same_affine
 from .fingerprint import CaseFacts, fingerprint, measure, propose
 from .reading import inside, load_image, read_json
 
@@ -39,7 +39,7 @@ class Report:
     Args:
         errors: faults that a training would stumble over, or that make its scores worthless.
         warnings: what deserves a look.
-        fingerprint: sizes, spacing, intensities and class volumes; empty where no case is readable.
+        fingerprint: sizes, spacing, intensities, class volumes and raters; empty where no case is readable.
         overlay: config variables that fit the data set.
     """
 
@@ -57,6 +57,7 @@ class Entry:
     images: tuple[Path, ...]
     label: Path | None
     group: str | None
+    raters: tuple[Path, ...] = ()
 
 
 def check(dataset: str, write: str | None = None, strict: bool | str = False) -> None:
@@ -143,7 +144,7 @@ def _entries(content: Mapping[str, Any], file: Path, report: Report) -> list[Ent
             except InputError as error:
                 report.errors.append(f"{split}[{i}]: {error}")
             else:
-                if split != "test" and entries[-1].label is None:
+                if split != "test" and entries[-1].label is None and not entries[-1].raters:
                     report.errors.append(
                         f"{entries[-1].images[0]}: has no label in {split}: add it, or take the case out."
                     )
@@ -156,10 +157,10 @@ def _entry(entry: Any, split: str, file: Path) -> Entry:
         raise InputError(f"{file}: the entry {str(entry)[:100]!r} needs the key 'image'.")
     images = entry["image"] if isinstance(entry["image"], list) else [entry["image"]]
     label = inside(file.parent, entry["label"]) if "label" in entry else None
+    raters = tuple(inside(file.parent, name) for name in rater_files(entry, str(file)))
     group = entry.get("patient", entry.get("cluster"))
-    return Entry(
-        split, tuple(inside(file.parent, i) for i in images), label, None if group is None else str(group)[:100]
-    )
+    files = tuple(inside(file.parent, i) for i in images)
+    return Entry(split, files, label, None if group is None else str(group)[:100], raters)
 
 
 def _across(report: Report, places: Mapping[Any, Sequence[tuple[str, str]]], what: str, leak_is_error: bool) -> None:
@@ -203,28 +204,38 @@ def _measure_all(entries: Sequence[Entry], report: Report) -> list[CaseFacts]:
     return [facts for facts, _ in done if facts is not None]
 
 
-def _read_case(entry: Entry, faults: list[str]) -> CaseFacts | None:
-    """Measure a case; what is wrong with it goes to ``faults``, and None is returned where it cannot be measured."""
-    image = label = None
+def _load(path: Path | Sequence[str], faults: list[str]) -> MetaTensor | None:
     try:
-        image = load_image([str(path) for path in entry.images])
+        return load_image(path)
     except InputError as error:
         faults.append(str(error))
-    if entry.label is not None:
-        try:
-            label = load_image(entry.label)
-        except InputError as error:
-            faults.append(str(error))
-    if image is None or (label is None) != (entry.label is None):
         return None
+
+
+def _read_case(entry: Entry, faults: list[str]) -> CaseFacts | None:
+    """Measure a case; what is wrong with it goes to ``faults``, and None is returned where it cannot be measured."""
     before = len(faults)
+    image = _load([str(path) for path in entry.images], faults)
+    paths = [*([] if entry.label is None else [entry.label]), *entry.raters]
+    maps = {path: _load(path, faults) for path in paths}
+    if image is None or len(faults) > before:
+        return None
+    loaded = {path: one for path, one in maps.items() if one is not None}
     faults += _image_faults(image, entry.images[0])
-    if label is not None and entry.label is not None:
-        faults += _label_faults(label, entry.label, image)
+    for path, one in loaded.items():
+        faults += _label_faults(one, path, image)
     if len(faults) > before:
         return None
     digest = hashlib.blake2b(np.ascontiguousarray(image.numpy()).tobytes() + str(tuple(image.shape)).encode())
-    return measure(image, label, str(entry.images[0]), str(entry.label or ""), entry.split, digest.hexdigest())
+    return measure(
+        image,
+        None if entry.label is None else loaded[entry.label],
+        str(entry.images[0]),
+        str(entry.label or ""),
+        entry.split,
+        digest.hexdigest(),
+        {str(path): loaded[path] for path in entry.raters},
+    )
 
 
 def _image_faults(image: MetaTensor, path: Path) -> list[str]:
@@ -270,11 +281,17 @@ def _check_alike(facts: list[CaseFacts], report: Report) -> tuple[int, int]:
 
 
 def _check_content(facts: Sequence[CaseFacts], report: Report) -> None:
-    empty = [case.mask for case in facts if case.voxels is not None and not case.voxels]
+    empty = [next(iter(case.files)) for case in facts if case.voxels is not None and not case.voxels]
     if empty:
         more = " ..." if len(empty) > SHOWN else ""
         report.warnings.append(
             f"{len(empty)} masks are empty, make sure that it is meant: {', '.join(empty[:SHOWN])}{more}"
+        )
+    compared = [case for case in facts if case.agreement is not None and any(case.raters.values())]
+    if compared and all(case.agreement == 1 for case in compared):
+        report.warnings.append(
+            f"the raters of all {len(compared)} cases that they marked agree in every voxel: make sure that their "
+            "files are no copies."
         )
     by_content: dict[str, list[tuple[str, str]]] = defaultdict(list)
     paths: dict[str, set[str]] = defaultdict(set)
@@ -311,7 +328,7 @@ def _identifiers(regions: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
 
 def _regions(content: Mapping[str, Any], facts: list[CaseFacts], file: Path, report: Report) -> dict[str, list[int]]:
     """The mask channels to propose; label values outside the declared ones are errors."""
-    found = sorted({value for case in facts for value in case.voxels or {}})
+    found = sorted({value for case in facts for voxels in case.files.values() for value in voxels})
     declared = _declared(content)
     if declared is None:
         report.warnings.append(f"{file}: declares no labels; the masks hold {[0, *found]}.")
@@ -322,11 +339,11 @@ def _regions(content: Mapping[str, Any], facts: list[CaseFacts], file: Path, rep
         name = next(iter(names)) if len(names) == 1 else "foreground"
         report.warnings.append(f"{file}: the masks hold 0 and 255; the overlay maps 255 to {name!r}.")
         return _identifiers({name: [255]})
-    for case in facts:
-        outside = sorted(set(case.voxels or {}) - allowed)
+    for mask, voxels in [each for case in facts for each in case.files.items()]:
+        outside = sorted(set(voxels) - allowed)
         if outside:
             report.errors.append(
-                f"{case.mask}: holds the values {outside[:5]}, declared are {sorted(allowed)}: correct the file, "
+                f"{mask}: holds the values {outside[:5]}, declared are {sorted(allowed)}: correct the file, "
                 f"or 'labels' in {file.name}."
             )
     for name, values in names.items():

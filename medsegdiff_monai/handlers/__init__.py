@@ -9,13 +9,14 @@ from .safety import GradientClipping, GradientScaling, StopOnBadLoss
 from .seeding import EpochSeeding
 from .stopping import EarlyStopping
 from .tracking import TensorBoardLog
-from .validation import ClassMetrics, SaturationWarning, ValidationPictures
+from .validation import ClassMetrics, EnergyDistance, SaturationWarning, ValidationPictures
 from .weights import BestModelSaver, ModelEMA, WeightsLoader
 
 __all__ = [
     "BestModelSaver",
     "ClassMetrics",
     "EarlyStopping",
+    "EnergyDistance",
     "EpochSeeding",
     "GradientClipping",
     "GradientScaling",

@@ -80,7 +80,8 @@ class TrainingReport:
         if not last:
             return ["No validation yet."]
         lines = [f"| validation | best, epoch {best['epoch']:.0f} | last, epoch {last['epoch']:.0f} |", "|---|---|---|"]
-        return lines + [f"| {name} | {best[name]:.4f} | {last[name]:.4f} |" for name in metric_names([last])]
+        # a run that was resumed with more members has metrics that its best epoch lacks
+        return lines + [f"| {n} | {best.get(n, float('nan')):.4f} | {last[n]:.4f} |" for n in metric_names([last])]
 
     def _settings(self) -> list[str]:
         return ["| setting | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in self.settings.items())]

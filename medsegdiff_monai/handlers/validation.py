@@ -16,10 +16,12 @@ from ignite.engine import Engine, Events
 from torch import Tensor
 
 from ..files import write_atomically
-from ..results import overlay_bytes, read_source
+from ..metrics import generalised_energy_distance
+from ..pictures import overlay_bytes
+from ..results import distinct_members, raters_of, read_source
 from ..transforms import Regions
 
-__all__ = ["ClassMetrics", "SaturationWarning", "ValidationPictures"]
+__all__ = ["ClassMetrics", "EnergyDistance", "SaturationWarning", "ValidationPictures"]
 
 logger = logging.getLogger(__name__)
 
@@ -94,8 +96,44 @@ class SaturationWarning:
                 )
 
 
+class EnergyDistance:
+    """Add the generalised energy distance of members and raters to the metrics: whether members differ as experts do.
+
+    The mean over classes, then over the cases that have ``raters``; there is no such metric where no case does, or with
+    one member. Attach to the validator, before handlers that read its metrics.
+
+    Args:
+        name: of the metric (:func:`medsegdiff_monai.metrics.generalised_energy_distance`, the smaller the better).
+    """
+
+    def __init__(self, name: str = "val_ged") -> None:
+        self.name = name
+        self._sum = torch.zeros(2, dtype=torch.float64)  # of the distances, and the number of cases
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to a validator."""
+        engine.add_event_handler(Events.EPOCH_STARTED, lambda: self._sum.zero_())
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._add)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
+
+    def _add(self, engine: Engine) -> None:
+        state: Any = engine.state
+        for item, output in zip(state.batch, state.output):
+            raters, members = raters_of(item, output), output["member_masks"]
+            if raters is not None and len(members) > 1:
+                pairs = zip(members.transpose(0, 1), raters.transpose(0, 1))  # class by class
+                distance = np.mean([generalised_energy_distance(m, r) for m, r in pairs])
+                self._sum += torch.tensor([distance, 1.0], dtype=torch.float64)
+
+    def __call__(self, engine: Engine) -> None:
+        """Set the metric; all ranks together have seen the whole split."""
+        total: Any = idist.all_reduce(self._sum.clone())
+        if total[1] > 0:
+            engine.state.metrics[self.name] = float(total[0] / total[1])
+
+
 class ValidationPictures:
-    """Write pictures of a few cases, the same at each validation: image, ground truth, prediction, uncertainty.
+    """Write pictures of a few cases, the same at each validation: image, ground truth, prediction and so on.
 
     They are ``<output_dir>/validation/epoch_<N>/<case>.png``. Those of later epochs, from an earlier run, are removed.
 
@@ -143,6 +181,7 @@ class ValidationPictures:
             affine,
             self.regions.names,
             f"{case}   epoch {state.epoch}",
+            distinct_members(output, self.regions),
         )
         write_atomically(self.folder / f"epoch_{state.epoch:03d}" / f"{case}.png", picture)
 

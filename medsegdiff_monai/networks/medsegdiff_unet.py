@@ -13,13 +13,18 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..settings import as_bool
-from .blocks import Downsample, Stage, Upsample, group_norm, zero
+from .blocks import Downsample, Stage, Upsample, group_norm
 from .dynamic_conditioning import DynamicConditioning
 from .ff_parser import FFParser
 
-__all__ = ["PREDICTION_TYPES", "MedSegDiffUNet"]
+__all__ = ["PREDICTION_TYPES", "MedSegDiffUNet", "signed_mask"]
 
 PREDICTION_TYPES = ("sample", "epsilon", "v_prediction")
+
+
+def signed_mask(logits: Tensor) -> Tensor:
+    """Turn logits of a mask into x0 in [-1, 1], which is 2 p - 1 for their probability p."""
+    return torch.tanh(logits / 2)
 
 
 class Fusion(nn.Module):
@@ -41,12 +46,35 @@ class Fusion(nn.Module):
         return self.conditioning(image, self.ff_parser(mask))
 
 
-class NoFusion(nn.Module):
-    """A stage at which the condition stream goes its own way."""
+class MaskGate(nn.Module):
+    """Scale the channels of the mask's stem by the timestep; starts at 1.
 
-    def forward(self, image: Tensor, mask: Tensor) -> Tensor:
-        """Return ``image``."""
-        return image
+    Args:
+        spatial_dims: 2 or 3.
+        embedding_channels: channels of the timestep embedding.
+        channels: channels of the stem.
+    """
+
+    def __init__(self, spatial_dims: int, embedding_channels: int, channels: int) -> None:
+        super().__init__()
+        self.spatial_dims = spatial_dims
+        self.weight = nn.Parameter(torch.zeros(channels, embedding_channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, mask: Tensor, embedding: Tensor) -> Tensor:
+        """Return ``mask`` (batch, channels, *spatial), scaled by ``embedding`` (batch or 1, embedding_channels)."""
+        gate = 1 + F.linear(F.silu(embedding), self.weight, self.bias)
+        for _ in range(self.spatial_dims):
+            gate = gate.unsqueeze(-1)
+        return mask * gate
+
+
+class First(nn.Module):
+    """What stands where a fusion or a gate is left out."""
+
+    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+        """Return the first of two streams."""
+        return first
 
 
 def _middle_two(num_levels: int) -> list[int]:
@@ -89,6 +117,7 @@ class MedSegDiffUNet(nn.Module):
         num_train_timesteps: T; the image alone is segmented by one step from t = T - 1.
         stem_stride: 1, or 2 for stems that halve the resolution and a transposed convolution that doubles it at the
             end (as in ResNet34, whose block counts the paper takes): a quarter of the cost in 2D, an eighth in 3D.
+        use_mask_gate: whether the timestep scales the channels of the mask's stem.
         use_checkpointing: trade computing for memory in training (gradient checkpointing).
 
     Raises:
@@ -114,6 +143,7 @@ class MedSegDiffUNet(nn.Module):
         prediction_type: str = "sample",
         num_train_timesteps: int = 1000,
         stem_stride: int = 1,
+        use_mask_gate: bool = True,
         use_checkpointing: bool = False,
     ) -> None:
         super().__init__()
@@ -163,12 +193,12 @@ class MedSegDiffUNet(nn.Module):
             (
                 Fusion(spatial_dims, channels[i], _grid(size, stem_stride * 2**i) if as_bool(use_ff_parser) else None)
                 if i in fused
-                else NoFusion()
+                else First()
             )
             for i in range(levels - 1)
         )
         self.mask_stem = conv(out_channels, channels[0], kernel_size=3, padding=1, stride=stem_stride)
-        self.mask_gate = zero(nn.Linear(width, channels[0]))
+        self.mask_gate = MaskGate(spatial_dims, width, channels[0]) if as_bool(use_mask_gate) else First()
         self.mask_stages = nn.ModuleList(stage(i, below[i], width) for i in range(levels - 1))
         self.mask_downs = nn.ModuleList(Downsample(spatial_dims, channels[i]) for i in range(levels - 1))
         self.last_stage = stage(levels - 1, below[levels - 1], width)
@@ -247,10 +277,7 @@ class MedSegDiffUNet(nn.Module):
                 raise ValueError(f"noisy mask of size {list(x.shape[2:])} and image of size {size} differ.")
         embedding = get_timestep_embedding(timesteps, self.embedding_channels).to(x.dtype)
         embedding = self.time_embed(embedding)
-        gate = 1 + self.mask_gate(F.silu(embedding))
-        for _ in range(self.spatial_dims):
-            gate = gate.unsqueeze(-1)
-        h = self.mask_stem(self._channels_last(x)) * gate
+        h = self.mask_gate(self.mask_stem(self._channels_last(x)), embedding)
         c = context[0]
         skips: List[Tensor] = []
         for i, (image_stage, image_down, fusion, mask_stage, mask_down) in enumerate(
@@ -279,7 +306,7 @@ class MedSegDiffUNet(nn.Module):
         noise = torch.zeros(size, dtype=image.dtype, device=image.device)
         last = torch.full([1], self.num_train_timesteps - 1, device=image.device)
         out = self._denoise(noise, last, self.encode_context(image))
-        x0 = torch.tanh(out / 2) if self.prediction_type == "sample" else (-out).clamp(-1.0, 1.0)
+        x0 = signed_mask(out) if self.prediction_type == "sample" else (-out).clamp(-1.0, 1.0)
         foreground = (x0 + 1) / 2
         return torch.cat([1 - foreground.amax(dim=1, keepdim=True), foreground], dim=1)
 
@@ -312,7 +339,7 @@ class MedSegDiffUNet(nn.Module):
         out = self._denoise(x, timesteps, features)
         if self.training or self.prediction_type != "sample":
             return out
-        return torch.tanh(out / 2)
+        return signed_mask(out)
 
 
 def _repeat(features: Tensor, batch: int) -> Tensor:

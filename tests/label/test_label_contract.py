@@ -92,7 +92,7 @@ def test_declared_labels_are_the_values_of_the_mask():
 def test_options_of_a_request_reach_inferer_and_fusion():
     """As it does it: the dictionary is changed where it stands, then the config is parsed anew."""
     config = parser("inference")
-    assert config.get_parsed_content("displayable_configs") == {"num_members": 5, "num_steps": 2, "fusion": "staple"}
+    assert config.get_parsed_content("displayable_configs") == {"num_members": 5, "num_steps": 1, "fusion": "staple"}
     config["displayable_configs"].update({"num_members": "3", "num_steps": 7, "fusion": "mean"})
     config.parse()
     inferer = config.get_parsed_content("inferer")
@@ -100,7 +100,7 @@ def test_options_of_a_request_reach_inferer_and_fusion():
     assert config.get_parsed_content("postprocessing").transforms[-1].fusion == "mean"
     # and from the command line as ever
     inferer = parser("inference", num_members=9).get_parsed_content("inferer")
-    assert (inferer.num_members, inferer.num_steps) == (9, 2)
+    assert (inferer.num_members, inferer.num_steps) == (9, 1)
 
 
 def test_preprocessing_leaves_the_other_keys_of_a_request_alone(tmp_path):

@@ -1,0 +1,270 @@
+"""Are several masks as four radiologists' are? Ours beside other ways to draw masks, trained for equally long on LIDC4.
+
+``python -m benchmarks.ambiguity --data_root DIR`` trains each method with each seed, in turns, for the same CPU time of
+one thread, and scores ``MEMBERS`` masks of each test slice against the four radiologists'. It appends a line to
+``benchmarks/ambiguity.jsonl`` for each run, and writes ``benchmarks/results/ambiguity.md`` and
+``docs/figures/ambiguity.png`` from what is there. Runs that are there are not repeated; the weights stay in
+``--work_dir``, so that a line that is taken out is scored anew, without training.
+
+``DIR`` holds ``LIDC4``: pictures of 128x128 pixels, of which the centre is taken. All methods learn from the masks of
+all four radiologists, of the same batches (``benchmarks.lidc``), as ``benchmarks.peers`` trains.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import monai
+import torch
+from monai.bundle import ConfigParser
+from monai.metrics import compute_dice
+from monai.utils import set_determinism
+from torch import Tensor, nn
+
+from medsegdiff_monai.metrics import boundary_band, expected_calibration_error, iou_matrix, rater_scores
+
+from .accuracy import BAND, ROOT, append, is_known
+from .ambiguity_page import draw, write
+from .forward import parameters
+from .lidc import Batches, Crops, load
+from .opponents import HAS_PROBABILISTIC_UNET, dropout_unet, probabilistic_unet
+from .peers import CONFIGS, Peer, Training, finish, ours, train_in_turns, unet
+from .ssn import ssn
+
+MEMBERS = 16
+# of all methods: batch_size and, for ours, train_num_members are the config's where they are not set here
+SETTINGS: dict[str, Any] = {"in_channels": 1, "num_classes": 1, "channels": [16, 32, 64, 96], "num_res_blocks": 1}
+RESULTS = ROOT / "benchmarks" / "ambiguity.jsonl"
+WORK = ROOT / "benchmarks" / "work" / "ambiguity"
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to draw masks.
+
+    Attributes:
+        build: makes what is trained.
+        learning_rate: first one; it falls by a half cosine.
+        settings: of the config.
+        nets: networks that are trained one after the other, in an equal part of the time each; a mask from each.
+    """
+
+    build: Callable[[ConfigParser], Peer]
+    learning_rate: float
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    nets: int = 1
+
+
+METHODS = {
+    "ours": Method(ours, 0.002),
+    "today's objective": Method(ours, 0.002, {"objective": "mask"}),
+    "MONAI UNet": Method(unet, 0.01),
+    "five UNets": Method(unet, 0.01, nets=5),
+    "UNet, MC dropout": Method(dropout_unet, 0.01),
+    "SSN": Method(ssn, 0.01),
+    **({"Probabilistic U-Net": Method(probabilistic_unet, 0.002)} if HAS_PROBABILISTIC_UNET else {}),
+}
+
+
+def configured(method: Method, size: int, seed: int, **more: Any) -> ConfigParser:
+    """Return ``train.json`` for 2D images as large as the crops, under the settings of a method."""
+    parser = ConfigParser()
+    parser.read_config([str(CONFIGS / "train.json"), str(CONFIGS / "datasets" / "generic_2d.json")])
+    own = {"bundle_root": "", "device": "cpu", "seed": seed, "roi_size": [size, size]}
+    parser.update({**SETTINGS, **own, "num_members": MEMBERS, "num_steps": 1, **method.settings, **more})
+    return parser
+
+
+@dataclass
+class Part:
+    """A network of a method, its training, and the file of its weights."""
+
+    peer: Peer
+    training: Training
+    file: Path
+
+
+def parts(name: str, seed: int, crops: Crops, options: argparse.Namespace) -> list[Part]:
+    """Return the networks of a method, not yet trained."""
+    method, made = METHODS[name], []
+    for i in range(method.nets):
+        config = configured(method, options.size, seed)
+        own = seed * method.nets + i
+        set_determinism(own)
+        peer = method.build(config)
+        batches = Batches(crops, config["batch_size"], own)
+        training = Training(peer, batches, options.seconds / method.nets, method.learning_rate)
+        file = f"{name} {options.size} {options.seconds:g} {seed} {i}.pt"
+        made.append(Part(peer, training, options.work_dir / file))
+    return made
+
+
+def segmenter(some: list[Part]) -> tuple[Callable[[Tensor], Tensor], list[nn.Module], int]:
+    """Return what draws masks (batch, members, *spatial), the trained networks, and their iterations together."""
+    trained = [finish(part.training, part.file) for part in some]
+    draws = [partial(part.peer.segment, module) for part, (module, _) in zip(some, trained)]
+
+    def run(image: Tensor) -> Tensor:
+        return torch.cat([draw(image) for draw in draws], dim=1)
+
+    return run, [module for module, _ in trained], sum(count for _, count in trained)
+
+
+def more_steps(name: str, steps: int, seed: int, size: int, network: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Return what draws masks with trained weights of ours in several steps each."""
+    peer = METHODS[name].build(configured(METHODS[name], size, seed, num_steps=steps))
+    return partial(peer.segment, network)
+
+
+def score(members: Tensor, raters: Tensor) -> tuple[dict[str, float], Tensor]:
+    """Score the masks of a slice.
+
+    Args:
+        members: probabilities (members, size, size); a single one stands for ``MEMBERS`` that are equal.
+        raters: boolean (raters, size, size).
+
+    Returns:
+        The scores; and of the voxels in the band around the contours of the members' mean and of what at least half of
+        the radiologists marked, the probability and the share of the radiologists, (2, voxels).
+    """
+    mean, agreement = members.mean(0, keepdim=True), raters.float().mean(0, keepdim=True)
+    mask, truth = mean > 0.5, agreement >= 0.5
+    votes = (members > 0.5).expand(MEMBERS if len(members) == 1 else -1, -1, -1)
+    iou = iou_matrix(votes, votes)
+    found = {name: values[0] for name, values in rater_scores(votes[:, None], raters[:, None]).items()}
+    found |= {
+        "pairwise": float((1 - iou).sum() / (len(votes) * (len(votes) - 1))),
+        "dice": float(compute_dice(mask[None], truth[None], ignore_empty=False)),
+        "brier": float((mean - raters.float()).square().mean()),
+    }
+    band = boundary_band(mask, truth, BAND)
+    return found, torch.stack([mean[band], agreement[band]])
+
+
+def evaluate(run: Callable[[Tensor, Tensor], Tensor], crops: Crops) -> dict[str, Any]:
+    """Score all slices: means over those that have a value, calibration over the bands of all, and the median time.
+
+    Args:
+        run: draws members (1, members, size, size) for an image (1, 1, size, size); the radiologists' masks are for
+            bounds.
+        crops: the slices.
+    """
+    rows, bands, times = [], [], []
+    for image, raters in zip(crops.images, crops.raters):
+        start = time.process_time()
+        with torch.no_grad():
+            members = run(image[None], raters)[0]
+        times.append(time.process_time() - start)
+        found, band = score(members, raters)
+        rows.append(found)
+        bands.append(band)
+    table = torch.tensor([list(row.values()) for row in rows], dtype=torch.float64).nanmean(0)
+    near = torch.cat(bands, 1)[:, None]
+    return {
+        **{name: round(value, 5) for name, value in zip(rows[0], table.tolist())},
+        "ece_band": round(float(expected_calibration_error(*near)), 5),
+        "members": len(members),
+        "cases": len(crops),
+        "seconds_per_image": round(statistics.median(times), 5),
+    }
+
+
+BOUNDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "bound: perfect majority mask": lambda image, raters: (raters.float().mean(0) >= 0.5).float()[None, None],
+    "bound: empty mask": lambda image, raters: torch.zeros_like(image),
+    "bound: the radiologists' own masks, drawn": lambda image, raters: raters[torch.randint(len(raters), (MEMBERS,))][
+        None
+    ].float(),
+}
+
+
+def key(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+    """What tells one run from another; bounds have no training."""
+    seconds = 0 if name in BOUNDS else options.seconds
+    return {"method": name, "seed": seed, "size": options.size, "seconds": seconds, "split": options.split}
+
+
+def rows_of(name: str, options: argparse.Namespace) -> dict[str, int]:
+    """The rows that one training of a method gives, and the number of steps of each."""
+    if name != "ours":
+        return {name: 1}
+    return {name if steps == 1 else f"{name}, {steps} steps": steps for steps in options.steps}
+
+
+def runs(name: str, seed: int, some: list[Part], crops: Crops, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Score what a method has learnt; yields the missing lines of the results file."""
+    run, networks, iterations = segmenter(some)
+    method = METHODS[name]
+    config = configured(method, options.size, seed)
+    how = {
+        "iterations": iterations,
+        "parameters_m": round(sum(map(parameters, networks)), 4),
+        "learning_rate": method.learning_rate,
+        "batch_size": config["batch_size"],
+        **({"train_num_members": config["train_num_members"]} if name == "ours" else {}),
+        "torch": torch.__version__,
+        "monai": monai.__version__,
+        "date": datetime.date.today().isoformat(),
+    }
+    for row, steps in rows_of(name, options).items():
+        if not is_known(options.results, known := key(row, seed, options)):
+            torch.manual_seed(seed)
+            stepped = run if steps == 1 else more_steps(name, steps, seed, options.size, networks[0])
+            scores = evaluate(lambda image, _, draw=stepped: draw(image), crops)
+            yield {**known, **how, "passes": sum(part.peer.passes for part in some) * steps, **scores}
+
+
+def missing(name: str, seed: int, options: argparse.Namespace) -> bool:
+    """Whether a line of a method is not in the results file."""
+    return not all(is_known(options.results, key(row, seed, options)) for row in rows_of(name, options))
+
+
+def arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data_root", type=Path, required=True, help="folder that holds LIDC4")
+    parser.add_argument("--size", type=int, default=64, help="of the centre crops: 64, or 128 for the whole pictures")
+    parser.add_argument("--seconds", type=float, default=300, help="CPU time of each training")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--steps", nargs="+", type=int, default=[1], help="with each of which ours is scored")
+    parser.add_argument("--split", default="test", help="that is scored")
+    parser.add_argument("--work_dir", type=Path, default=WORK)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--page", type=Path, default=ROOT / "benchmarks" / "results" / "ambiguity.md")
+    parser.add_argument("--figure", type=Path, default=ROOT / "docs" / "figures" / "ambiguity.png")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Run what is missing, append it to the results, and write them down."""
+    options = arguments()
+    torch.set_num_threads(1)
+    training, crops = (load(options.data_root, split, options.size) for split in ("training", options.split))
+    for name, bound in BOUNDS.items():
+        if not is_known(options.results, known := key(name, 0, options)):
+            torch.manual_seed(0)
+            append(options.results, {**known, **evaluate(bound, crops)})
+    for seed in options.seeds:
+        some = {name: parts(name, seed, training, options) for name in options.methods if missing(name, seed, options)}
+        train_in_turns({p.file: p.training for made in some.values() for p in made if not p.file.is_file()})
+        for name, made in some.items():
+            for row in runs(name, seed, made, crops, options):
+                append(options.results, row)
+    if "ours" in options.methods:
+        seed = options.seeds[0]
+        run, *_ = segmenter(parts("ours", seed, training, options))
+        draw(run, crops, f"{options.split}, {options.seconds:g} s of training, seed {seed}", options.figure)
+    write(options.results, list(METHODS), options.page, options.figure)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+"""What ``benchmarks.ambiguity`` has measured, as a page, and masks of some slices, as a picture."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from .lidc import Crops
+from .results import spread
+
+__all__ = ["chosen", "draw", "write"]
+
+SLICES = 4
+MASKS = 8  # of ours, of each slice
+SCORES = {  # name, with the number of masks, and digits
+    "ged": ("GED{} ↓", 3),
+    "matched_iou": ("HM-IoU{} ↑", 3),
+    "ncc": ("NCC ↑", 3),
+    "best_iou": ("D_max ↑", 3),
+    "pairwise": ("pairwise 1 − IoU", 3),
+    "dice": ("Dice of the mean ↑", 3),
+    "ece_band": ("ECE in the band ↓", 3),
+    "brier": ("Brier ↓", 4),
+}
+COSTS = {
+    "passes": ("passes / image", 0),
+    "seconds_per_image": ("seconds / image", 3),
+    "iterations": ("iterations", 0),
+    "parameters_m": ("parameters, M", 2),
+    "learning_rate": ("learning rate", 3),
+}
+TEXT = """# Several masks of an ambiguous image
+
+Written by `python -m benchmarks.ambiguity --data_root DIR` from `benchmarks/ambiguity.jsonl`.
+
+Lung nodules in CT that four radiologists outlined, each by themselves, or did not see (LIDC-IDRI; split by patient).
+All methods learn from the masks of all four, of the same batches with the same augmentation, for the same CPU time of
+one thread, in turns: AdamW, a learning rate that falls by a half cosine, clipped gradients, averaged weights. The
+networks have about as many parameters, unless the table says otherwise.
+
+- **ours**: this bundle, with the objective `ensemble`; one step for each mask, unless the row says otherwise.
+- **today's objective**: the same network with the objective `mask`, Dice + BCE of single masks of a radiologist who is
+  drawn; one step.
+- **MONAI UNet**: Dice + BCE, mean over the radiologists; its single mask counts as {members} equal ones.
+- **five UNets**: the same in an equal part of the time each, a mask from each.
+- **UNet, MC dropout**: the same with dropout that stays on.
+- **SSN**: stochastic segmentation network (arXiv 2006.06015) on the same U-Net; masks are drawn after one pass.
+- **Probabilistic U-Net** (arXiv 1806.05034): ELBO; the parts beside the same U-Net are those of `lightning-uq-box`.
+
+Scores are means over the slices, ± standard deviation over the seeds, of masks cut at one half; a column says how many
+masks. **GED**: generalised energy distance, d = 1 − IoU, unbiased (pairs of different masks of a method; the
+radiologists are the reference, all their pairs count). **HM-IoU**: masks and radiologists paired as well as possible.
+**NCC**: correlation of the masks' variance with the radiologists', pixel by pixel. **D_max**: best IoU of any mask with
+each radiologist. **Dice of the mean**: of the mean of the probabilities, cut at one half, with what at least two
+radiologists marked; 1 where both are empty. **ECE in the band**: of that mean against the share of the radiologists, in
+all pixels within three of the contours of these two masks, of all slices together. **Brier**: of that mean against each
+radiologist. Seconds are CPU time for all masks of a slice, one thread, median.
+"""
+CAPTION = """
+![Slices, the radiologists' outlines, and our masks]({figure})
+
+*A slice in each row: the image; the outlines of the four radiologists, none where one saw no nodule; {masks} of our
+masks. Slices are evenly spaced among those that two or three radiologists marked. Images: LIDC-IDRI, CC BY 3.0 (Armato
+et al., doi 10.7937/K9/TCIA.2015.LO9QL9SX).*
+"""
+
+
+def ordered(rows: list[dict[str, Any]], methods: Sequence[str]) -> list[list[dict[str, Any]]]:
+    """The rows of each method, over the seeds; a method's variants, named after a comma, come behind it."""
+
+    def place(name: str) -> int:
+        return next((i for i, m in enumerate(methods) if name == m or name.startswith(f"{m}, ")), len(methods))
+
+    names = sorted(dict.fromkeys(row["method"] for row in rows), key=place)
+    return [[row for row in rows if row["method"] == name] for name in names]
+
+
+def table(groups: list[list[dict[str, Any]]], columns: dict[str, tuple[str, int]]) -> list[str]:
+    """Methods below one another; scores of several seeds are mean ± standard deviation, costs their mean."""
+    most = max(row["members"] for rows in groups for row in rows)
+    heads = ["method", *(head.format(most) for head, _ in columns.values()), "masks", "seeds"]
+    lines = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
+    summary = spread if columns is SCORES else mean
+    for rows in groups:
+        cells = [summary([row[c] for row in rows], digits) for c, (_, digits) in columns.items()]
+        lines.append("| " + " | ".join([rows[0]["method"], *cells, str(rows[0]["members"]), str(len(rows))]) + " |")
+    return [*lines, ""]
+
+
+def mean(values: list[float], digits: int) -> str:
+    """Mean of numbers, as text."""
+    return f"{statistics.mean(values):.{digits}f}"
+
+
+def section(rows: list[dict[str, Any]], bounds: list[dict[str, Any]], methods: Sequence[str]) -> list[str]:
+    """All methods at one size and time, between what no method can and what none should do."""
+    first, groups = rows[0], ordered(rows, methods)
+    made = {name: " and ".join(sorted({str(row[name]) for row in rows})) for name in ("torch", "monai", "date")}
+    sets = sorted({row["train_num_members"] for row in rows if "train_num_members" in row})
+    k = f", K = {' and '.join(map(str, sets))} for ours" if sets else ""
+    return [
+        f"## {first['size']}×{first['size']}, {first['seconds']:g} s: {first['cases']} slices ({first['split']})",
+        "",
+        f"Batches of {' and '.join(sorted({str(row['batch_size']) for row in rows}))}{k}; torch {made['torch']}, "
+        f"MONAI {made['monai']}; {made['date']}.",
+        "",
+        *table([*groups, *ordered(bounds, [])], SCORES),
+        *table(groups, COSTS),
+    ]
+
+
+def write(results: Path, methods: Sequence[str], page: Path, figure: Path) -> None:
+    """Write the page.
+
+    Args:
+        results: a line for each run.
+        methods: their order.
+        page: to write.
+        figure: shown where it is there.
+    """
+    lines = [json.loads(line) for line in results.read_text().splitlines()]
+    rows = [row for row in lines if row["seconds"]]
+    text = TEXT.format(members=max(row["members"] for row in lines)).splitlines()
+    if figure.is_file():
+        path = Path(os.path.relpath(figure, page.parent)).as_posix()
+        text += CAPTION.format(figure=path, masks=MASKS).splitlines()
+    for size, seconds, split in dict.fromkeys((row["size"], row["seconds"], row["split"]) for row in rows):
+        same = [row for row in lines if (row["size"], row["split"]) == (size, split)]
+        some, bounds = ([row for row in same if row["seconds"] == time] for time in (seconds, 0))
+        text += ["", *section(some, bounds, methods)]
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text("\n".join(text).rstrip() + "\n", encoding="utf-8")
+
+
+def chosen(raters: Tensor) -> list[int]:
+    """Slices at even distances among those that some but not all radiologists marked, two or three of four.
+
+    Args:
+        raters: boolean (slices, radiologists, size, size).
+    """
+    marked = raters.flatten(2).any(2).sum(1)
+    torn = ((marked == 2) | (marked == 3)).nonzero().flatten().tolist()
+    number = min(SLICES, len(torn))
+    return [torn[(2 * i + 1) * len(torn) // (2 * number)] for i in range(number)]
+
+
+def draw(run: Callable[[Tensor], Tensor], crops: Crops, title: str, file: Path) -> None:
+    """Draw the chosen slices, what the radiologists say, and what is drawn for each image (1, 1, size, size)."""
+    slices, doctors = chosen(crops.raters), crops.raters.shape[1]
+    columns = 1 + doctors + MASKS
+    figure = Figure(figsize=(1.1 * columns, 1.15 * len(slices) + 0.7), layout="constrained")
+    axes = figure.subplots(len(slices), columns, squeeze=False)
+    for i, row in zip(slices, axes):
+        with torch.no_grad():
+            masks = run(crops.images[i : i + 1])[0, :MASKS] > 0.5
+        for axis in row:
+            axis.imshow(crops.images[i, 0], cmap="gray")
+            axis.set_axis_off()
+        for axis, mask in zip(row[1:], [*crops.raters[i], *masks]):
+            if mask.any():
+                axis.contour(mask.float(), levels=[0.5], colors=["tab:orange"], linewidths=1.2)
+    for axis, name in zip(axes[0], ["image", *["radiologist"] * doctors, *["ours"] * MASKS]):
+        axis.set_title(name, fontsize=8)
+    figure.suptitle(title, fontsize=9)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=100)

@@ -1,0 +1,126 @@
+"""Pictures of segmented cases."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from PIL import Image
+
+__all__ = ["overlay_bytes", "palette_png_bytes"]
+
+COLOURS = np.array(
+    [(0, 0, 0), (230, 75, 53), (77, 187, 213), (243, 200, 60), (0, 160, 135), (132, 100, 190), (240, 130, 180)],
+    dtype=np.uint8,
+)  # background, then one for each label; further labels begin again
+
+
+def _colour(label: np.ndarray) -> np.ndarray:
+    index = label.astype(np.int64)
+    return COLOURS[np.where(index > 0, (index - 1) % (len(COLOURS) - 1) + 1, 0)]
+
+
+def palette_png_bytes(label: np.ndarray) -> bytes:
+    """Label map (x, y) as a palette PNG: the pixel values are the labels, the palette makes them visible."""
+    picture = Image.fromarray(np.ascontiguousarray(label.T), mode="P")
+    picture.putpalette(_colour(np.arange(256)).tobytes())
+    out = io.BytesIO()
+    picture.save(out, format="PNG")
+    return out.getvalue()
+
+
+def _slice(volume: np.ndarray, spatial_dims: int, index: int) -> np.ndarray:
+    """The plane to show: the image itself in 2D, one along the third axis in 3D; channels last."""
+    plane = volume if spatial_dims == 2 else volume[..., index]
+    return np.moveaxis(plane, 0, -1)
+
+
+def _grey(image: np.ndarray) -> np.ndarray:
+    """Scale (x, y, channels) to RGB in [0, 1]: three channels as colours, else the first one as grey."""
+    image = image if image.shape[-1] == 3 else np.repeat(image[..., :1], 3, axis=-1)
+    low, high = np.percentile(image, (0.5, 99.5))
+    return np.clip((image - low) / max(high - low, 1e-6), 0, 1)
+
+
+def overlay_bytes(
+    image: np.ndarray,
+    prediction: np.ndarray,
+    uncertainty: np.ndarray,
+    truth: np.ndarray | None,
+    affine: np.ndarray,
+    names: Sequence[str],
+    title: str,
+    members: Mapping[str, np.ndarray] | None = None,
+) -> bytes:
+    """Return a PNG with image, ground truth (if any), prediction and uncertainty side by side, and members below.
+
+    In 3D the slice along the third axis with the largest structure is shown.
+
+    Args:
+        image: (channels, *spatial).
+        prediction: label map (1, *spatial).
+        uncertainty: (1, *spatial) in [0, 1].
+        truth: label map (1, *spatial), or None.
+        affine: (4, 4); its voxel size sets the aspect ratio.
+        names: of the labels 1, 2, ...
+        title: of the picture.
+        members: label maps (1, *spatial) of single members to show, with what stands above each.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    dims = image.ndim - 1
+    shown = prediction if truth is None else truth
+    index = 0 if dims == 2 else int((shown if shown.any() else prediction)[0].sum(axis=(0, 1), dtype=float).argmax())
+    background = _grey(_slice(image, dims, index))
+
+    def blend(label: np.ndarray) -> np.ndarray:
+        plane = _slice(label, dims, index)[..., 0]
+        return np.where(plane[..., None] > 0, 0.45 * background + 0.55 * _colour(plane) / 255, background)
+
+    panels = [("image", background)]
+    if truth is not None:
+        panels.append(("ground truth", blend(truth)))
+    panels += [("prediction", blend(prediction)), ("uncertainty (bits)", _slice(uncertainty, dims, index)[..., 0])]
+    rows = [panels] + ([[(name, blend(label)) for name, label in members.items()]] if members else [])
+    figure = Figure(figsize=_figure_size(background, affine, rows), layout="constrained")
+    for axes, row in zip(figure.subplots(len(rows), len(panels), squeeze=False), rows):
+        for axis in axes:
+            axis.set_axis_off()
+        for axis, (name, panel) in zip(axes, row):
+            _draw(axis, name, panel, affine)
+    handles = [Patch(color=tuple(_colour(np.array(i + 1)) / 255), label=name) for i, name in enumerate(names)]
+    figure.legend(handles=handles, loc="outside lower center", ncols=max(1, len(names)), frameon=False)
+    figure.suptitle(title, fontsize=10)
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=110)
+    return out.getvalue()
+
+
+def _figure_size(plane: np.ndarray, affine: np.ndarray, rows: Sequence[Sequence]) -> tuple[float, float]:
+    """Inches of a figure whose panels have the shape of a plane (x, y, 3) of the image."""
+    zoom = nib.affines.voxel_sizes(affine)
+    aspect = float(plane.shape[0] * zoom[0] / (plane.shape[1] * zoom[1]))
+    width = np.clip(3.2 * aspect, 1.6, 4.8)
+    height = min(3.2, width / aspect)
+    return width * len(rows[0]) + 0.8, (height + 0.3) * len(rows) + 0.9  # with room for titles and the legend
+
+
+def _draw(axis: Any, name: str, panel: np.ndarray, affine: np.ndarray) -> None:
+    """Draw a panel: colours (x, y, 3), or a map (x, y) of values from 0 to 1."""
+    zoom = nib.affines.voxel_sizes(affine)
+    grey = {"cmap": "magma", "vmin": 0, "vmax": 1} if panel.ndim == 2 else {}
+    drawn = axis.imshow(
+        np.swapaxes(panel, 0, 1),
+        # NIfTI's second axis points up (anterior), a picture's down
+        origin="upper" if np.allclose(affine, np.eye(4)) or affine[1, 1] < 0 else "lower",
+        aspect=zoom[1] / zoom[0],
+        interpolation="nearest",
+        **grey,
+    )
+    axis.set_title(name)
+    if panel.ndim == 2:
+        axis.figure.colorbar(drawn, ax=axis, shrink=0.8)
