@@ -53,7 +53,7 @@ METHODS: dict[str, tuple[Callable[[ConfigParser], Peer], str | Mapping[str, Any]
     "plain DPM": (ours, "ablation_plain"),
     "+ dynamic conditioning": (ours, "ablation_dynamic_conditioning"),
     "+ FF-Parser": (ours, "ablation_ff_parser"),
-    "today's objective": (ours, {"objective": "mask"}),  # Dice + BCE of single masks
+    "mask objective": (ours, {"objective": "mask"}),  # Dice + BCE of single masks
 }
 SMALL = {"roi_size": [64, 64], "channels": [16, 32, 64, 96]}
 SETS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -82,13 +82,14 @@ def configure(
     return parser
 
 
-def raters_scores(item: dict, members: Tensor, names: Sequence[str]) -> dict[str, list[float]]:
+def raters_scores(item: dict, members: Tensor, names: Sequence[str], drawn_together: int) -> dict[str, list[float]]:
     """GED and matched IoU of each region against the nested masks of agreement.
 
     Args:
         item: item of the data set; the raters' maps are in folders beside that of its label.
         members: probabilities (members, classes, *field).
         names: of the regions.
+        drawn_together: see :func:`medsegdiff_monai.metrics.generalised_energy_distance`.
     """
     scores: dict[str, list[float]] = {"ged_unbiased": [], "matched_iou": []}
     for k, name in enumerate(names):
@@ -98,7 +99,7 @@ def raters_scores(item: dict, members: Tensor, names: Sequence[str]) -> dict[str
         )
         raters = nested_masks(agreement[0].as_tensor(), 4)
         masks = F.interpolate(members[:, k : k + 1], raters.shape[1:], mode="bilinear", align_corners=False)[:, 0] > 0.5
-        scores["ged_unbiased"].append(generalised_energy_distance(masks, raters))
+        scores["ged_unbiased"].append(generalised_energy_distance(masks, raters, drawn_together))
         scores["matched_iou"].append(hungarian_matched_iou(masks, raters))
     return scores
 
@@ -141,7 +142,9 @@ def segment(parser: ConfigParser, run: Callable[[Tensor], Tensor]) -> Iterator[C
         yield Case(dataset.data[i], item["image"].as_tensor(), members, output, seconds)
 
 
-def evaluate(parser: ConfigParser, run: Callable[[Tensor], Tensor], with_raters: bool) -> dict[str, Any]:
+def evaluate(
+    parser: ConfigParser, run: Callable[[Tensor], Tensor], with_raters: bool, drawn_together: int = 1
+) -> dict[str, Any]:
     """Segment and score all cases: means over cases for each class, the worst cases, and the median time."""
     scores: dict[str, list[Any]] = {}
     times, cases = [], []
@@ -156,7 +159,7 @@ def evaluate(parser: ConfigParser, run: Callable[[Tensor], Tensor], with_raters:
             **calibration(case.output["prob"].as_tensor(), mask[0] > 0.5, truth[0] > 0.5),
         }
         if with_raters:
-            found |= raters_scores(case.item, case.members, list(parser["regions"]))
+            found |= raters_scores(case.item, case.members, list(parser["regions"]), drawn_together)
         for metric, values in found.items():
             scores.setdefault(metric, []).append(values)
         times.append(case.seconds)
@@ -203,7 +206,7 @@ def run(
     """Evaluate a trained method on a data set; returns the line of the results file."""
     module, iterations = finish(training, file)
     config = configure("evaluate", data, options.data_root, seed, METHODS[method][1])
-    scores = evaluate(config, partial(peer.segment, module), data == "DRISHTI_roi")
+    scores = evaluate(config, partial(peer.segment, module), data == "DRISHTI_roi", peer.drawn_together)
     how = {"iterations": iterations, "learning_rate": training.lr}
     return {**known(data, method, seed, options), **how, **describe(config, module, peer.passes), **scores}
 

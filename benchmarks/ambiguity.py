@@ -65,11 +65,11 @@ class Method:
 
 METHODS = {
     "ours": Method(ours, 0.002),
-    "today's objective": Method(ours, 0.002, {"objective": "mask"}),
+    "mask objective": Method(ours, 0.002, {"objective": "mask"}),
     "MONAI UNet": Method(unet, 0.01),
     "five UNets": Method(unet, 0.01, nets=5),
     "UNet, MC dropout": Method(dropout_unet, 0.01),
-    "SSN": Method(ssn, 0.01),
+    "SSN": Method(ssn, 0.005),
     **({"Probabilistic U-Net": Method(probabilistic_unet, 0.002)} if HAS_PROBABILISTIC_UNET else {}),
 }
 
@@ -124,12 +124,13 @@ def more_steps(name: str, steps: int, seed: int, size: int, network: nn.Module) 
     return partial(peer.segment, network)
 
 
-def score(members: Tensor, raters: Tensor) -> tuple[dict[str, float], Tensor]:
+def score(members: Tensor, raters: Tensor, drawn_together: int) -> tuple[dict[str, float], Tensor]:
     """Score the masks of a slice.
 
     Args:
         members: probabilities (members, size, size); a single one stands for ``MEMBERS`` that are equal.
         raters: boolean (raters, size, size).
+        drawn_together: masks in a row that are not independent of each other.
 
     Returns:
         The scores; and of the voxels in the band around the contours of the members' mean and of what at least half of
@@ -138,10 +139,11 @@ def score(members: Tensor, raters: Tensor) -> tuple[dict[str, float], Tensor]:
     mean, agreement = members.mean(0, keepdim=True), raters.float().mean(0, keepdim=True)
     mask, truth = mean > 0.5, agreement >= 0.5
     votes = (members > 0.5).expand(MEMBERS if len(members) == 1 else -1, -1, -1)
-    iou = iou_matrix(votes, votes)
-    found = {name: values[0] for name, values in rater_scores(votes[:, None], raters[:, None]).items()}
+    group = torch.arange(len(votes)) // drawn_together
+    scores = rater_scores(votes[:, None], raters[:, None], drawn_together)
+    found = {name: values[0] for name, values in scores.items()}
     found |= {
-        "pairwise": float((1 - iou).sum() / (len(votes) * (len(votes) - 1))),
+        "pairwise": float((1 - iou_matrix(votes, votes))[group[:, None] != group].mean()),
         "dice": float(compute_dice(mask[None], truth[None], ignore_empty=False)),
         "brier": float((mean - raters.float()).square().mean()),
     }
@@ -149,13 +151,14 @@ def score(members: Tensor, raters: Tensor) -> tuple[dict[str, float], Tensor]:
     return found, torch.stack([mean[band], agreement[band]])
 
 
-def evaluate(run: Callable[[Tensor, Tensor], Tensor], crops: Crops) -> dict[str, Any]:
+def evaluate(run: Callable[[Tensor, Tensor], Tensor], crops: Crops, drawn_together: int = 1) -> dict[str, Any]:
     """Score all slices: means over those that have a value, calibration over the bands of all, and the median time.
 
     Args:
         run: draws members (1, members, size, size) for an image (1, 1, size, size); the radiologists' masks are for
             bounds.
         crops: the slices.
+        drawn_together: see :func:`score`.
     """
     rows, bands, times = [], [], []
     for image, raters in zip(crops.images, crops.raters):
@@ -163,7 +166,7 @@ def evaluate(run: Callable[[Tensor, Tensor], Tensor], crops: Crops) -> dict[str,
         with torch.no_grad():
             members = run(image[None], raters)[0]
         times.append(time.process_time() - start)
-        found, band = score(members, raters)
+        found, band = score(members, raters, drawn_together)
         rows.append(found)
         bands.append(band)
     table = torch.tensor([list(row.values()) for row in rows], dtype=torch.float64).nanmean(0)
@@ -218,7 +221,7 @@ def runs(name: str, seed: int, some: list[Part], crops: Crops, options: argparse
         if not is_known(options.results, known := key(row, seed, options)):
             torch.manual_seed(seed)
             stepped = run if steps == 1 else more_steps(name, steps, seed, options.size, networks[0])
-            scores = evaluate(lambda image, _, draw=stepped: draw(image), crops)
+            scores = evaluate(lambda image, _, draw=stepped: draw(image), crops, some[0].peer.drawn_together)
             yield {**known, **how, "passes": sum(part.peer.passes for part in some) * steps, **scores}
 
 

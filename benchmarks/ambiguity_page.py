@@ -47,7 +47,7 @@ one thread, in turns: AdamW, a learning rate that falls by a half cosine, clippe
 networks have about as many parameters, unless the table says otherwise.
 
 - **ours**: this bundle, with the objective `ensemble`; one step for each mask, unless the row says otherwise.
-- **today's objective**: the same network with the objective `mask`, Dice + BCE of single masks of a radiologist who is
+- **mask objective**: the same network with the objective `mask`, Dice + BCE of single masks of a radiologist who is
   drawn; one step.
 - **MONAI UNet**: Dice + BCE, mean over the radiologists; its single mask counts as {members} equal ones.
 - **five UNets**: the same in an equal part of the time each, a mask from each.

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from medsegdiff_monai.files import replacing
+from medsegdiff_monai.inferers import ANTITHETIC
 from medsegdiff_monai.objective import mask_loss
 
 from .forward import parameters
@@ -65,6 +66,7 @@ class Peer:
         segment: probabilities of images on the network's field, given the trained module; members as channels.
         passes: network passes per image.
         learning_rate: first learning rate, where it is not the config's.
+        drawn_together: members in a row that are not independent of each other.
     """
 
     module: nn.Module
@@ -72,6 +74,7 @@ class Peer:
     segment: Callable[[nn.Module, Tensor], Tensor]
     passes: int
     learning_rate: float | None = None
+    drawn_together: int = 1
 
 
 def each_rater(logits: Tensor, raters: Tensor) -> Tensor:
@@ -104,7 +107,7 @@ def ours(parser: ConfigParser) -> Peer:
         inputs, target, _, more = prepare({"image": image, "label": raters})
         return loss(noised(inputs, network, **more), target)
 
-    return Peer(network, step, lambda trained, image: infer(image, trained), members * steps)
+    return Peer(network, step, lambda trained, image: infer(image, trained), members * steps, None, ANTITHETIC)
 
 
 def matching_unet(parser: ConfigParser, out_channels: int, dropout: float = 0.0) -> UNet:

@@ -179,7 +179,7 @@ class MemberSummary:
         """Mean of the members' probabilities, (classes, *spatial)."""
         return self._probability / len(self.votes)
 
-    def fuse(self, fusion: str = "staple") -> Tensor:
+    def fuse(self, fusion: str = "expected_dice") -> Tensor:
         """Fuse the members.
 
         Args:

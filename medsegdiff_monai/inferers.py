@@ -21,9 +21,11 @@ from torch import Tensor
 from .errors import InputError
 from .settings import amp_dtype
 
-__all__ = ["DiffusionEnsembleInferer"]
+__all__ = ["ANTITHETIC", "DiffusionEnsembleInferer"]
 
 logger = logging.getLogger(__name__)
+
+ANTITHETIC = 2  # members in a row whose noise is not independent
 
 
 def _count(name: str, value: int | str) -> int:
@@ -41,9 +43,10 @@ class DiffusionEnsembleInferer(Inferer):
     """Draw several masks for an image and return their probabilities, members as channels.
 
     The noise of a member depends on the seed, its number, the step and the size of the field alone: it is the same for
-    every case, whatever the batch size or the order of cases and windows. Images larger than ``roi_size`` are covered
-    by MONAI's ``SlidingWindowInferer``; the noise rides along as extra channels, so that each window sees its piece of
-    one noise field. Smaller images are padded to ``roi_size``, and cropped back.
+    every case, whatever the batch size or the order of cases and windows. Members come in pairs of opposite noise
+    (antithetic variates): each by itself is drawn as ever, and the mean of a few is nearer to that of many. Images
+    larger than ``roi_size`` are covered by MONAI's ``SlidingWindowInferer``; the noise rides along as extra channels,
+    so that each window sees its piece of one noise field. Smaller images are padded to ``roi_size``, and cropped back.
 
     The image is encoded once per window (``network.encode_context``, where the network has it) and shared by all
     members and steps. Memory does not grow with the number of steps. Running out of it halves ``member_batch_size``
@@ -116,7 +119,7 @@ class DiffusionEnsembleInferer(Inferer):
         self._halved = False
 
     def noise(self, size: Sequence[int], members: range | None = None, step: int = 0) -> Tensor:
-        """Return standard normal noise for a field of ``size``.
+        """Return standard normal noise for a field of ``size``; members 1, 3, ... have the opposite of the one before.
 
         Args:
             size: spatial size of the field.
@@ -129,9 +132,11 @@ class DiffusionEnsembleInferer(Inferer):
         members = range(self.num_members) if members is None else members
         noise = torch.empty(len(members), self.num_classes, *size)
         for field, member in zip(noise, members):
-            # one generator for each; large odd factors keep neighbouring seeds, members and steps apart
-            seed = ((self.seed * 1_000_003 + member) * 1_000_003 + step) % 2**63
+            pair, opposite = divmod(member, ANTITHETIC)
+            # one generator for each pair; large odd factors keep neighbouring seeds, pairs and steps apart
+            seed = ((self.seed * 1_000_003 + pair) * 1_000_003 + step) % 2**63
             torch.randn(field.shape, generator=torch.Generator().manual_seed(seed), out=field)
+            field *= 1 - 2 * opposite
         return noise
 
     def __call__(self, inputs: Tensor, network: Any, *args: Any, **kwargs: Any) -> Tensor:

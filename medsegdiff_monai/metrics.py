@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from scipy.ndimage import distance_transform_edt
@@ -148,27 +150,26 @@ def iou_matrix(a: Tensor, b: Tensor) -> Tensor:
     return torch.where(union > 0, common / union.clamp(min=1), 1.0)
 
 
-def generalised_energy_distance(members: Tensor, raters: Tensor) -> float:
+def generalised_energy_distance(members: Tensor, raters: Tensor, drawn_together: int = 1) -> float:
     """Squared generalised energy distance with d = 1 - IoU (Kohl et al., arXiv 1806.05034, equation 3), unbiased.
 
     ``2 E d(S, Y) - E d(S, S') - E d(Y, Y')``. The raters are the reference: all pairs of them count, each with itself
-    too. The members are a sample: pairs of different ones count only, so that the expectation does not depend on
-    their number. With a member's distance to itself, as the paper averages, a perfect sampler would be charged for
-    its spread, and one that repeats itself rewarded.
+    too. The members are a sample: only pairs that were drawn independently count, so that the expectation does not
+    depend on their number. With a member's distance to itself, as the paper averages, a perfect sampler would be
+    charged for its spread, and one that repeats itself rewarded.
 
     Args:
         members: boolean (members, *spatial), S.
         raters: boolean (raters, *spatial), Y.
+        drawn_together: members in a row that are not independent of each other.
 
     Returns:
         The smaller the better; 0 in expectation where members are drawn from the raters, so that single cases may be
-        below. NaN for one member, which has no spread to compare.
+        below. NaN where no two members are independent.
     """
-    n = len(members)
-    if n < 2:
-        return math.nan
     across, between = (1 - iou_matrix(masks, raters).mean() for masks in (members, raters))
-    within = (1 - iou_matrix(members, members)).sum() / (n * (n - 1))  # a mask is at no distance from itself
+    group = torch.arange(len(members)) // drawn_together
+    within = (1 - iou_matrix(members, members))[group[:, None] != group].mean()
     return float(2 * across - within - between)
 
 
@@ -229,23 +230,23 @@ def variance_ncc(members: Tensor, raters: Tensor) -> float:
     return float((found * wanted).sum() / (found.norm() * wanted.norm()))
 
 
-RATER_SCORES = {
-    "ged": generalised_energy_distance,
-    "matched_iou": hungarian_matched_iou,
-    "best_iou": best_iou_per_rater,
-    "ncc": variance_ncc,
-}
+RATER_SCORES = ("ged", "matched_iou", "best_iou", "ncc")
 
 
-def rater_scores(members: Tensor, raters: Tensor) -> dict[str, list[float]]:
+def rater_scores(members: Tensor, raters: Tensor, drawn_together: int = 1) -> dict[str, list[float]]:
     """All that this module says of members and raters, for each class.
 
     Args:
         members: boolean (members, classes, *spatial).
         raters: boolean (raters, classes, *spatial).
+        drawn_together: see :func:`generalised_energy_distance`.
 
     Returns:
         ``ged``, ``matched_iou``, ``best_iou`` and ``ncc``, a value for each class.
     """
-    classes = range(members.shape[1])
-    return {name: [score(members[:, k], raters[:, k]) for k in classes] for name, score in RATER_SCORES.items()}
+    distance = partial(generalised_energy_distance, drawn_together=drawn_together)
+    scores: tuple[Callable[[Tensor, Tensor], float], ...] = (
+        distance, hungarian_matched_iou, best_iou_per_rater, variance_ncc
+    )  # fmt: skip
+    classes = list(zip(members.transpose(0, 1), raters.transpose(0, 1)))
+    return {name: [score(*masks) for masks in classes] for name, score in zip(RATER_SCORES, scores)}

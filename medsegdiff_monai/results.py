@@ -25,6 +25,7 @@ from .data.datalist import case_names
 from .distributed import gather, is_main
 from .files import write_atomically
 from .fusion import most_different
+from .inferers import ANTITHETIC
 from .metrics import RATER_SCORES, expected_calibration_error, rater_scores
 from .outputs import OUTPUTS, check_outputs, result_file
 from .pictures import overlay_bytes, palette_png_bytes
@@ -234,7 +235,7 @@ class CaseWriter:
         row = {f"{key}_{n}": v for key, values in scores.items() for n, v in zip(self.regions.names, values)}
         if raters is not None:
             endings = [f"_{name}" for name in self.regions.names] if len(self.regions.names) > 1 else [""]
-            found = rater_scores(output["member_masks"], raters)
+            found = rater_scores(output["member_masks"], raters, ANTITHETIC)
             row |= {f"{key}{ending}": v for key, values in found.items() for ending, v in zip(endings, values)}
         return {key: round(float(value), 6) for key, value in row.items()}
 

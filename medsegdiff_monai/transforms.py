@@ -216,7 +216,7 @@ class FuseMembersd(MapTransform):
         keys: KeysCollection,
         num_classes: int,
         regions: Mapping[str, Sequence[int]] | None = None,
-        fusion: str = "staple",
+        fusion: str = "expected_dice",
         invert: Callable[[dict], dict] | None = None,
     ) -> None:
         super().__init__(keys)

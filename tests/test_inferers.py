@@ -53,9 +53,19 @@ def test_members_and_seeds_differ_but_cases_do_not():
     noise = inferer().noise((8, 8))
     assert noise.shape == (3, 2, 8, 8) and not torch.equal(noise[0], noise[1])
     assert torch.equal(noise, inferer().noise((8, 8)))
-    assert torch.equal(noise[1:2], inferer().noise((8, 8), range(1, 2)))
+    assert torch.equal(noise[1:], inferer().noise((8, 8), range(1, 3)))
     assert not torch.equal(noise, inferer(seed=1).noise((8, 8)))
     assert not torch.equal(noise, inferer().noise((8, 8), step=1))
+
+
+@pytest.mark.parametrize("step", [0, 1])
+def test_members_come_in_pairs_of_opposite_noise(step):
+    noise = inferer(num_members=200).noise((8, 8), step=step)
+    assert torch.equal(noise[1::2], -noise[::2])
+    pairs = noise[::2].flatten()
+    assert abs(float(pairs.mean())) < 0.05 and abs(float(pairs.std()) - 1) < 0.05
+    correlation = torch.corrcoef(noise[::2].flatten(1)) - torch.eye(100)
+    assert correlation.abs().max() < 0.5  # of 128 numbers each: pairs are independent
 
 
 def test_windows_see_their_piece_of_one_noise_field():

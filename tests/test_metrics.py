@@ -82,6 +82,7 @@ def test_energy_distance_of_a_constant_mask_of_disjoint_and_of_empty_ones():
 
 def test_one_member_has_no_energy_distance():
     assert np.isnan(generalised_energy_distance(masks(1, 0), masks(4, 1)))
+    assert np.isnan(generalised_energy_distance(masks(2, 0), masks(4, 1), drawn_together=2))
 
 
 @pytest.mark.parametrize("number", [2, 4])
@@ -241,3 +242,13 @@ def test_area_under_the_roc_curve_is_that_over_all_pairs_in_each_class():
         bad, good = (uncertainty[k][where[k] & some][:, None] for some in (wrong[k], ~wrong[k]))
         more = (bad > good.T).double() + (bad == good.T) / 2
         assert float(area) == pytest.approx(float(more.mean()))
+
+
+def test_members_that_were_drawn_together_are_not_compared():
+    """Antithetic pairs, one member with the first mask and one with the second: 0 in expectation all the same."""
+    raters = masks(2, 3)
+    draws = list(product((0, 1), repeat=2))  # which comes first in each of two pairs
+    sets = [raters[[a, 1 - a, b, 1 - b]] for a, b in draws]
+    distances = [generalised_energy_distance(m, raters, drawn_together=2) for m in sets]
+    assert np.mean(distances) == pytest.approx(0, abs=1e-12)
+    assert np.mean([generalised_energy_distance(m, raters) for m in sets]) < -0.05

@@ -21,6 +21,7 @@ from medsegdiff_monai.data import DataSpec, inference_items
 from medsegdiff_monai.errors import InputError
 from medsegdiff_monai.handlers import EnergyDistance
 from medsegdiff_monai.handlers.report import TrainingReport
+from medsegdiff_monai.inferers import ANTITHETIC
 from medsegdiff_monai.metrics import expected_calibration_error, generalised_energy_distance, rater_scores
 from medsegdiff_monai.outputs import OUTPUTS, check_outputs, output_files
 from medsegdiff_monai.pictures import overlay_bytes
@@ -190,7 +191,7 @@ def write(folder: Path, *cases: tuple[dict, dict], **settings: Any) -> list[dict
 def test_scores_against_raters_are_in_the_table(classes, endings, tmp_path):
     item, output = rated_case(tmp_path, classes=classes)
     (row,) = write(tmp_path, (item, output))
-    expected = rater_scores(output["member_masks"], item["raters"] > 0)
+    expected = rater_scores(output["member_masks"], item["raters"] > 0, ANTITHETIC)
     for k, ending in enumerate(endings):
         for name in ("ged", "matched_iou", "best_iou", "ncc"):
             assert float(row[name + ending]) == pytest.approx(expected[name][k], abs=1e-6)
@@ -249,7 +250,7 @@ def test_evaluation_scores_members_against_raters(bundle, rated, tmp_path):
     members = np.moveaxis(nib.load(out / "image_4" / "image_4_members.nii.gz").get_fdata(), -1, 0)
     raters = np.stack([nib.load(rated / f"image_4_rater_{s}.nii.gz").get_fdata() for s in (-1, 0, 1)])
     for value in (1, 2):
-        scores = rater_scores(*(torch.tensor(maps == value)[:, None] for maps in (members, raters)))
+        scores = rater_scores(*(torch.tensor(maps == value)[:, None] for maps in (members, raters)), ANTITHETIC)
         for name, (expected,) in scores.items():
             assert float(row[f"{name}_class_{value}"]) == pytest.approx(expected, abs=1e-6, nan_ok=True)
 
@@ -275,7 +276,9 @@ def test_energy_distance_is_the_mean_over_cases_with_raters_and_members(tmp_path
     del alone[0]["raters"]
     five = rated_case(tmp_path, 5)
     expected = [
-        np.mean([generalised_energy_distance(o["member_masks"][:, k], i["raters"][:, k] > 0) for k in (0, 1)])
+        np.mean(
+            [generalised_energy_distance(o["member_masks"][:, k], i["raters"][:, k] > 0, ANTITHETIC) for k in (0, 1)]
+        )
         for i, o in (two, five)
     ]
     metrics = validate("val_ged", [two, single, alone, five])

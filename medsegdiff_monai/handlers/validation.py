@@ -16,6 +16,7 @@ from ignite.engine import Engine, Events
 from torch import Tensor
 
 from ..files import write_atomically
+from ..inferers import ANTITHETIC
 from ..metrics import generalised_energy_distance
 from ..pictures import overlay_bytes
 from ..results import distinct_members, raters_of, read_source
@@ -100,7 +101,7 @@ class EnergyDistance:
     """Add the generalised energy distance of members and raters to the metrics: whether members differ as experts do.
 
     The mean over classes, then over the cases that have ``raters``; there is no such metric where no case does, or with
-    one member. Attach to the validator, before handlers that read its metrics.
+    fewer than three members. Attach to the validator, before handlers that read its metrics.
 
     Args:
         name: of the metric (:func:`medsegdiff_monai.metrics.generalised_energy_distance`, the smaller the better).
@@ -120,9 +121,9 @@ class EnergyDistance:
         state: Any = engine.state
         for item, output in zip(state.batch, state.output):
             raters, members = raters_of(item, output), output["member_masks"]
-            if raters is not None and len(members) > 1:
+            if raters is not None and len(members) > ANTITHETIC:
                 pairs = zip(members.transpose(0, 1), raters.transpose(0, 1))  # class by class
-                distance = np.mean([generalised_energy_distance(m, r) for m, r in pairs])
+                distance = np.mean([generalised_energy_distance(m, r, ANTITHETIC) for m, r in pairs])
                 self._sum += torch.tensor([distance, 1.0], dtype=torch.float64)
 
     def __call__(self, engine: Engine) -> None:

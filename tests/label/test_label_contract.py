@@ -92,7 +92,11 @@ def test_declared_labels_are_the_values_of_the_mask():
 def test_options_of_a_request_reach_inferer_and_fusion():
     """As it does it: the dictionary is changed where it stands, then the config is parsed anew."""
     config = parser("inference")
-    assert config.get_parsed_content("displayable_configs") == {"num_members": 5, "num_steps": 1, "fusion": "staple"}
+    assert config.get_parsed_content("displayable_configs") == {
+        "num_members": 5,
+        "num_steps": 1,
+        "fusion": "expected_dice",
+    }
     config["displayable_configs"].update({"num_members": "3", "num_steps": 7, "fusion": "mean"})
     config.parse()
     inferer = config.get_parsed_content("inferer")
