@@ -99,6 +99,8 @@ def raters_scores(item: dict, members: Tensor, names: Sequence[str], drawn_toget
         )
         raters = nested_masks(agreement[0].as_tensor(), 4)
         masks = F.interpolate(members[:, k : k + 1], raters.shape[1:], mode="bilinear", align_corners=False)[:, 0] > 0.5
+        if len(masks) == 1:  # whatever is drawn, it is this
+            masks = masks.expand(2, *masks.shape[1:])
         scores["ged_unbiased"].append(generalised_energy_distance(masks, raters, drawn_together))
         scores["matched_iou"].append(hungarian_matched_iou(masks, raters))
     return scores

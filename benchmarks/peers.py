@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from medsegdiff_monai.files import replacing
+from medsegdiff_monai.handlers import WarmStart
 from medsegdiff_monai.inferers import ANTITHETIC
 from medsegdiff_monai.objective import mask_loss
 
@@ -67,6 +68,7 @@ class Peer:
         passes: network passes per image.
         learning_rate: first learning rate, where it is not the config's.
         drawn_together: members in a row that are not independent of each other.
+        advance: told, before each iteration, which share of the training's time has gone.
     """
 
     module: nn.Module
@@ -75,6 +77,7 @@ class Peer:
     passes: int
     learning_rate: float | None = None
     drawn_together: int = 1
+    advance: Callable[[float], None] = lambda share: None
 
 
 def each_rater(logits: Tensor, raters: Tensor) -> Tensor:
@@ -107,7 +110,15 @@ def ours(parser: ConfigParser) -> Peer:
         inputs, target, _, more = prepare({"image": image, "label": raters})
         return loss(noised(inputs, network, **more), target)
 
-    return Peer(network, step, lambda trained, image: infer(image, trained), members * steps, None, ANTITHETIC)
+    return Peer(
+        network,
+        step,
+        lambda trained, image: infer(image, trained),
+        members * steps,
+        None,
+        ANTITHETIC,
+        WarmStart(prepare).at,
+    )
 
 
 def matching_unet(parser: ConfigParser, out_channels: int, dropout: float = 0.0) -> UNet:
@@ -232,6 +243,7 @@ class Training:
         start = time.process_time() - self.elapsed
         while self.elapsed < elapsed:
             batch = next(self.batches)
+            self.peer.advance(self.elapsed / self.seconds)
             for group in self.optimizer.param_groups:
                 group["lr"] = self.lr * (1 + math.cos(math.pi * self.elapsed / self.seconds)) / 2
             self.optimizer.zero_grad()

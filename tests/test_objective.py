@@ -6,10 +6,14 @@ from itertools import combinations, product
 
 import pytest
 import torch
+import torch.nn.functional as F
+from ignite.engine import Engine
+from monai.bundle import ConfigParser
 from monai.metrics import compute_iou
 
 from medsegdiff_monai import objective
 from medsegdiff_monai.errors import InputError
+from medsegdiff_monai.handlers import WarmStart
 from medsegdiff_monai.metrics import generalised_energy_distance
 from medsegdiff_monai.networks import MedSegDiffUNet
 from medsegdiff_monai.objective import (
@@ -23,6 +27,8 @@ from medsegdiff_monai.objective import (
     soft_jaccard_distance,
 )
 from medsegdiff_monai.schedulers import DDIMScheduler
+
+from .conftest import CONFIGS, ROOT
 
 SURE = 40.0  # a logit whose probability is 0 or 1
 
@@ -254,3 +260,41 @@ def test_members_are_opinions_and_not_their_mean():
     assert 6 <= int((sides[:, 0] > sides[:, 1]).sum()) <= 26
     same = two_opinions("mask", 100)
     assert (same - same.mean(0)).abs().mean() < 0.2 * (x0 - x0.mean(0)).abs().mean()
+
+
+@pytest.mark.parametrize("epochs, sizes", [(4, [1, 1, 3, 3]), (5, [1, 1, 3, 3, 3]), (1, [3])])
+def test_a_training_starts_with_single_masks(epochs, sizes):
+    """In the first half of its epochs; what an epoch has depends on its number, so that a resumed run goes on."""
+    prepare = SegmentationDiffusionPrepareBatch(DDIMScheduler(), "ensemble", 3)
+    batch = {"image": torch.rand(2, 1, 4, 4), "label": masks(2, 4, 1, 4, 4)}
+    seen = []
+    trainer = Engine(lambda engine, _: seen.append(len(prepare(batch)[0]) // 2))
+    WarmStart(prepare).attach(trainer)
+    trainer.run([0], max_epochs=epochs)
+    assert seen == sizes
+    resumed = Engine(lambda engine, _: seen.append(len(prepare(batch)[0]) // 2))
+    WarmStart(prepare).attach(resumed)
+    resumed.load_state_dict({"epoch": epochs // 2, "max_epochs": epochs, "epoch_length": 1})
+    seen.clear()
+    resumed.run([0], max_epochs=epochs)
+    assert seen == sizes[epochs // 2 :]
+
+
+def test_the_score_of_a_set_of_one_is_a_loss_of_its_mask():
+    logits, raters = torch.randn(2, 1, 5, 5), masks(2, 3, 1, 5, 5)
+    s = logits.sigmoid()[:, None]
+    plain = soft_jaccard_distance(s, raters).mean() + 0.3 * F.binary_cross_entropy_with_logits(logits, raters.mean(1))
+    dice = [mask_loss(logits, y) - F.binary_cross_entropy_with_logits(logits, y) for y in raters.transpose(0, 1)]
+    torch.testing.assert_close(ensemble_score(logits, raters), plain + 0.5 * torch.stack(dice).mean())
+
+
+def test_the_shipped_training_starts_so_unless_it_goes_on_from_weights():
+    for pretrained, number in ((None, 1), ("weights.pt", 0)):
+        parser = ConfigParser()
+        parser.read_config(str(CONFIGS / "train.json"))
+        parser.update({"bundle_root": str(ROOT / "bundle"), "pretrained": pretrained})
+        handlers = [h for h in parser["train#handlers"] if h["_target_"].endswith("WarmStart")]
+        found = [parser.get_parsed_content(f"train#handlers#{parser['train#handlers'].index(h)}") for h in handlers]
+        assert sum(isinstance(h, WarmStart) for h in found) == number
+        if number:
+            assert found[0].prepare_batch is parser.get_parsed_content("train#trainer#prepare_batch")

@@ -256,7 +256,7 @@ def test_evaluation_scores_members_against_raters(bundle, rated, tmp_path):
 
 
 def test_validation_follows_the_energy_distance(bundle, rated):
-    settings = {**VOLUME_SETTINGS, "dataset_dir": rated, "val_num_members": 2}
+    settings = {**VOLUME_SETTINGS, "dataset_dir": rated, "val_num_members": 4}
     history = (bundle("train", **settings) / "history.csv").read_text().splitlines()
     value = dict(zip(history[0].split(","), history[1].split(",")))["val_ged"]
     assert -1 < float(value) <= 2
@@ -272,19 +272,20 @@ def validate(name: str, cases: list[tuple[dict, dict]]) -> dict[str, float]:
 
 
 def test_energy_distance_is_the_mean_over_cases_with_raters_and_members(tmp_path):
-    two, single, alone = rated_case(tmp_path, 2), rated_case(tmp_path, 1), rated_case(tmp_path, 3)
+    four, alone = rated_case(tmp_path, 4), rated_case(tmp_path, 3)
+    too_few = [rated_case(tmp_path, number) for number in range(1, ANTITHETIC + 1)]
     del alone[0]["raters"]
     five = rated_case(tmp_path, 5)
     expected = [
         np.mean(
             [generalised_energy_distance(o["member_masks"][:, k], i["raters"][:, k] > 0, ANTITHETIC) for k in (0, 1)]
         )
-        for i, o in (two, five)
+        for i, o in (four, five)
     ]
-    metrics = validate("val_ged", [two, single, alone, five])
+    metrics = validate("val_ged", [four, *too_few, alone, five])
     assert metrics == {"val_ged": pytest.approx(np.mean(expected), abs=1e-12)}
     assert type(metrics["val_ged"]) is float  # which the history takes
-    assert validate("val_ged", [single, alone]) == {}
+    assert validate("val_ged", [*too_few, alone]) == {}
 
 
 def test_energy_distance_of_several_processes(tmp_path, monkeypatch):

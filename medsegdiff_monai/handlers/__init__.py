@@ -10,6 +10,7 @@ from .seeding import EpochSeeding
 from .stopping import EarlyStopping
 from .tracking import TensorBoardLog
 from .validation import ClassMetrics, EnergyDistance, SaturationWarning, ValidationPictures
+from .warm_start import WarmStart
 from .weights import BestModelSaver, ModelEMA, WeightsLoader
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "TrainingProgress",
     "TrainingReport",
     "ValidationPictures",
+    "WarmStart",
     "WeightsLoader",
     "write_atomically",
 ]
