@@ -368,17 +368,20 @@ def test_each_pass_over_the_crops_has_each_of_them_once():
 def test_scores_of_a_slice():
     raters = torch.zeros(4, 16, 16, dtype=torch.bool)
     raters[:2, 4:8, 4:8] = True
-    perfect, band = ambiguity.score(raters.float(), raters)
+    perfect, band = ambiguity.score(raters.float(), raters, 1)
     assert perfect["ged"] == pytest.approx(2 / 4 * 2 - 8 / 12 - 2 / 4)  # half of all pairs are at distance 1
     assert perfect["matched_iou"] == perfect["best_iou"] == 1 and perfect["ncc"] == pytest.approx(1)
     assert perfect["pairwise"] == pytest.approx(8 / 12) and perfect["brier"] == pytest.approx(0.25 * 16 / 256)
     assert perfect["dice"] == 0  # a mean of one half is not above it, but two of four are enough for the consensus
     assert band.shape[0] == 2 and torch.equal(*band) and 16 < band.shape[1] < 256
 
-    single, _ = ambiguity.score(raters[:1].float(), raters)
+    pairs, _ = ambiguity.score(raters.float(), raters, 2)  # those within a pair are equal here, and do not count
+    assert pairs["pairwise"] == 1 and pairs["ged"] == pytest.approx(1 - 1 - 2 / 4)
+
+    single, _ = ambiguity.score(raters[:1].float(), raters, 1)
     assert single["pairwise"] == 0 and single["dice"] == 1 and single["ged"] == pytest.approx(2 / 2 - 1 / 2)
     assert single["brier"] == pytest.approx(0.5 * 16 / 256)
-    nothing, near = ambiguity.score(torch.zeros(1, 16, 16), raters[3:].expand(4, -1, -1))
+    nothing, near = ambiguity.score(torch.zeros(1, 16, 16), raters[3:].expand(4, -1, -1), 1)
     assert nothing["dice"] == 1 and near.shape == (2, 0)
 
 

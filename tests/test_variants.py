@@ -32,7 +32,7 @@ def compose(*overlays: str) -> ConfigParser:
     found = [next(CONFIGS.rglob(f"{name}.json")) for name in overlays]
     parser = ConfigParser()
     parser.read_config([str(file) for file in [CONFIGS / "train.json", *found]])
-    parser["bundle_root"] = str(ROOT / "bundle")
+    parser.update({"bundle_root": str(ROOT / "bundle"), "train#dataset#data": []})
     return parser
 
 
