@@ -54,7 +54,7 @@ def test_info_lists_the_model(stock, plain):
     assert model["labels"] == {"anterior": 1, "posterior": 2}
     assert set(np.unique(voxels(plain))) == {0, *model["labels"].values()}
     assert {k: model["config"][k] for k in ("num_members", "num_steps", "fusion")} == {
-        "num_members": 5, "num_steps": 2, "fusion": "staple"
+        "num_members": 5, "num_steps": 1, "fusion": "expected_dice"
     }  # fmt: skip
     assert "medsegdiff" in info["trainers"]
 
@@ -69,8 +69,8 @@ def test_only_this_machine_is_listened_to(stock):
 OPTIONS: list[dict[str, int | str]] = [
     {"num_members": 1, "num_steps": 1},
     {"num_members": 1, "num_steps": 8},
-    {"num_members": "5", "num_steps": "1"},  # viewers send what was typed
-    {"num_members": 5, "num_steps": 1, "fusion": "mean"},
+    {"num_members": "5", "num_steps": "8"},  # viewers send what was typed
+    {"num_members": 5, "num_steps": 8, "fusion": "staple"},
 ]
 
 
