@@ -64,8 +64,9 @@ class Method:
 
 
 # Learning rates of the opponents, chosen among 0.002, 0.005 and 0.01 by the 400 validation slices at 64x64, one seed.
-# After 60 s each, the U-Net has empty masks, empty masks and Dice .500; the SSN has GED16 .364, .343 and .358. Halfway through
-# that, the Probabilistic U-Net has GED16 .611 and .745; with 0.01 it ended in NaN. MC dropout has the rate of the U-Net.
+# After 60 s each, the U-Net has empty masks, empty masks and Dice .500; the SSN has GED16 .364, .343 and .358.
+# Halfway through that, the Probabilistic U-Net has GED16 .611 and .745; with 0.01 it ended in NaN. MC dropout has the
+# rate of the U-Net.
 METHODS = {
     "ours": Method(ours, 0.002),
     "mask objective": Method(ours, 0.002, {"objective": "mask"}),
