@@ -62,7 +62,7 @@ def prepare(kind: str, source: str, output: str, **options: Any) -> None:
         source: folder of the download; it is never altered.
         output: folder to write to.
     """
-    from .data.prepare import prepare
+    from .data.raw.prepare import prepare
 
     prepare(kind, str(source), str(output), **options)
 

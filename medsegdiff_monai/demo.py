@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from .data.mni152 import write_mni152_slices
+from .data.raw.mni152 import write_mni152_slices
 from .errors import InputError
 from .settings import find_bundle_root
 

@@ -308,7 +308,7 @@ def test_other_words_are_no_booleans():
 
 def test_demo_slices_are_real_apart_and_of_one_hemisphere(tmp_path):
     pytest.importorskip("nilearn")
-    from medsegdiff_monai.data.mni152 import write_mni152_slices
+    from medsegdiff_monai.data.raw.mni152 import write_mni152_slices
 
     folder = write_mni152_slices(tmp_path)
     content = json.loads((folder / "dataset.json").read_text())

@@ -12,7 +12,7 @@ import pytest
 from monai.transforms import LoadImage
 from raw_layouts import tree
 
-from medsegdiff_monai.data.prepare import prepare
+from medsegdiff_monai.data.raw.prepare import prepare
 
 
 class Prepared:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import raw_layouts as raw
 
-from medsegdiff_monai.data.prepare import prepare
+from medsegdiff_monai.data.raw.prepare import prepare
 from medsegdiff_monai.data.reading import load_image
 from medsegdiff_monai.data.report import check
 from medsegdiff_monai.errors import InputError

@@ -13,7 +13,7 @@ import raw_layouts as raw
 from monai.bundle import run
 from PIL import Image
 
-from medsegdiff_monai.data.prepare import prepare
+from medsegdiff_monai.data.raw.prepare import prepare
 from medsegdiff_monai.data.report import check
 from medsegdiff_monai.errors import InputError
 

@@ -9,7 +9,7 @@ import pytest
 import raw_layouts as raw
 from raw_layouts import tree
 
-from medsegdiff_monai.data.prepare import prepare
+from medsegdiff_monai.data.raw.prepare import prepare
 from medsegdiff_monai.errors import InputError
 
 
@@ -96,7 +96,7 @@ def test_full_disk_is_one_message(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("medsegdiff_monai.data.layout.write_atomically", full)
+    monkeypatch.setattr("medsegdiff_monai.data.raw.layout.write_atomically", full)
     with pytest.raises(InputError, match=r"cannot be written .*No space left"):
         prepare("decathlon", str(tmp_path / "raw"), str(tmp_path / "out"), workers=1)
     assert not (tmp_path / "out/dataset.json").exists()

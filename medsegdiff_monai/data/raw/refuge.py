@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import InputError
-from ..settings import as_bool
+from ...errors import InputError
+from ...settings import as_bool
+from ..reading import PICTURES, files_below, open_picture, picture_values
 from .layout import Case, CaseFiles, Layout, same_size
-from .reading import PICTURES, files_below, open_picture, picture_values
 
 __all__ = ["find"]
 

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ..errors import InputError
+from ...errors import InputError
+from ..reading import NIFTI, PICTURES, files_below, inside, load_image, open_picture, picture_values, read_xml
 from .layout import Case, CaseFiles, Layout, same_size
-from .reading import NIFTI, PICTURES, files_below, inside, load_image, open_picture, picture_values, read_xml
 
 __all__ = ["find"]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-from ..errors import InputError
+from ...errors import InputError
 
 __all__ = ["write_mni152_slices"]
 

@@ -14,13 +14,13 @@ from typing import Any
 from monai.utils import ensure_tuple
 from tqdm import tqdm
 
-from ..errors import InputError
-from ..files import write_atomically
+from ...errors import InputError
+from ...files import write_atomically
+from ..checks import SHOWN
+from ..datalist import hold_out
+from ..reading import read_json
 from . import brats, ddti, decathlon, folder, refuge
-from .checks import SHOWN
-from .datalist import hold_out
 from .layout import Case, CaseFiles, Layout
-from .reading import read_json
 
 __all__ = ["KINDS", "prepare"]
 

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from nibabel.affines import voxel_sizes
 
-from ..errors import InputError
+from ...errors import InputError
+from ..reading import NIFTI, files_below, load_image
 from .layout import Case, CaseFiles, Layout, same_size
-from .reading import NIFTI, files_below, load_image
 
 __all__ = ["find"]
 

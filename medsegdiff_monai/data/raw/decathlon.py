@@ -8,11 +8,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from ..errors import InputError
-from .checks import rater_files
-from .datalist import case_names
+from ...errors import InputError
+from ..checks import rater_files
+from ..datalist import case_names
+from ..reading import IMAGE_SUFFIXES, inside, load_image, read_json
 from .layout import Case, CaseFiles, Layout, check_label_values, same_size
-from .reading import IMAGE_SUFFIXES, inside, load_image, read_json
 
 __all__ = ["find"]
 

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from monai.data.utils import to_affine_nd
 
-from ..errors import InputError
-from .datalist import is_dicom_file, stem_of
+from ...errors import InputError
+from ..datalist import is_dicom_file, stem_of
+from ..reading import IMAGE_SUFFIXES, NIFTI, PICTURES, files_below, load_image, open_picture
 from .layout import Case, CaseFiles, Layout, check_label_values, same_size
-from .reading import IMAGE_SUFFIXES, NIFTI, PICTURES, files_below, load_image, open_picture
 
 __all__ = ["find"]
 
