@@ -1,73 +1,109 @@
-"""Commands: ``python -m medsegdiff_monai check | prepare | segment | export | package | demo``."""
+"""Commands: ``python -m medsegdiff_monai check | prepare | segment | ...``; without one, all are listed."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from typing import Any
 
-import fire
+from . import cli
+from .errors import InputError, show_input_errors_plainly
 
-from .errors import show_input_errors_plainly
+PREPARE = {  # options of some kinds of data sets
+    "crop_disc": "refuge: true for the disc alone",
+    "slices": "brats: 3D or 2D",
+    "regions": "brats: three or whole",
+    "rater": "ddti: part of the path of the masks to take, where a picture has several",
+    "patient_pattern": "folder: regular expression whose first group is the patient in a file's name",
+    "raters": "folder: channels or bits, where one file holds the masks of all raters",
+}
 
 
 def segment(
     *images: str,
     output_dir: str,
     bundle_root: str | None = None,
-    config_file: str | list[str] | None = None,
+    config_file: str | Sequence[str] | None = None,
     **override: Any,
 ) -> None:
     """Segment single images through the bundle's ``inference.json``; finished ones are skipped.
-
-    Other flags set config variables, such as ``--overwrite true --num_members 9 --checkpoint FILE``.
 
     Args:
         *images: files (NIfTI, NRRD, MHA, PNG, JPEG, BMP) or folders that hold a DICOM series.
         output_dir: folder to write to.
         bundle_root: the bundle's folder; found in the working directory where it is not given.
         config_file: config, or list of configs, in place of ``configs/inference.json``.
+        **override: config variables, and options of ``monai.bundle.run``.
 
     Raises:
-        InputError: for no image, a config that is not there, or a variable that it does not have.
+        InputError: for no image, a config that is not there, or what is wrong with a variable.
     """
-    from inspect import signature
-
     from monai.bundle import run
 
-    from .errors import InputError
-    from .settings import find_bundle_root, read_config
+    from .configs import OPTIONS_OF_RUN, read_config, to_be_set
+    from .settings import find_bundle_root
 
     if not images:
         raise InputError("segment: give at least one image, for instance: segment scan.nii.gz --output_dir results")
     root = bundle_root or find_bundle_root()
     config = config_file or f"{root}/configs/inference.json"
-    variables: dict[str, Any] = {
-        "bundle_root": root,
-        "images": [str(image) for image in images],
-        "output_dir": str(output_dir),
-    }
-    own = signature(run).parameters  # such as logging_file
-    read_config(config, **variables, **{name: value for name, value in override.items() if name not in own})
-    run(config_file=config, **variables, **override)
+    options = {name: value for name, value in override.items() if name in OPTIONS_OF_RUN}
+    variables = to_be_set({**override, "bundle_root": root, "images": list(images), "output_dir": output_dir})
+    variables = {name: value for name, value in variables.items() if name not in OPTIONS_OF_RUN}
+    read_config(config, **variables)
+    run(config_file=config, **options, **variables)
+
+
+def segment_trained(images: Sequence[str], trained: str | None = None, **options: Any) -> None:
+    """Segment with the overlay and weights of a training of ours; see :func:`segment`."""
+    from .settings import find_bundle_root
+    from .workflow import trained_files
+
+    if trained is not None:
+        if options["config_file"] is not None:
+            raise InputError(f"trained={trained!r} has a config of its own: leave --config_file out.")
+        overlay, weights = trained_files(trained)
+        root = options.get("bundle_root") or find_bundle_root()
+        options = {"checkpoint": weights, **options, "config_file": [f"{root}/configs/inference.json", overlay]}
+    segment(*images, **options)
+
+
+def train(**options: Any) -> None:
+    """Check a data set, choose settings, and train; see :func:`medsegdiff_monai.workflow.train`."""
+    from .workflow import train
+
+    train(**options)
+
+
+def evaluate(**options: Any) -> None:
+    """Score a training; see :func:`medsegdiff_monai.workflow.evaluate`."""
+    from .workflow import evaluate
+
+    evaluate(**options)
+
+
+def init(output: str, bundle_root: str | None = None) -> None:
+    """Copy the bundle; see :func:`medsegdiff_monai.workflow.copy_bundle`."""
+    from .workflow import copy_bundle
+
+    copy_bundle(output, bundle_root)
 
 
 def prepare(kind: str, source: str, output: str, **options: Any) -> None:
     """Turn a raw download into a data set in Decathlon layout; run again, it goes on where it stopped.
 
-    Other flags are ``--seed``, ``--workers``, and those of the kind, such as ``--crop_disc true`` (refuge) or
-    ``--slices 2D --regions whole`` (brats) or ``--raters channels`` (folder).
-
     Args:
-        kind: ``refuge``, ``brats``, ``ddti``, ``decathlon`` or ``folder`` (images/ and labels/ matched by name; several
-            raters in labels_1/, labels_2/ ..., or in the channels or bits of each label picture).
+        kind: see :data:`medsegdiff_monai.data.raw.prepare.KINDS`.
         source: folder of the download; it is never altered.
         output: folder to write to.
+        **options: ``seed``, ``workers``, and those of the kind.
     """
     from .data.raw.prepare import prepare
 
-    prepare(kind, str(source), str(output), **options)
+    prepare(kind, source, output, **options)
 
 
-def check(dataset: str, write: str | None = None, strict: bool | str = False) -> None:
+def check(dataset: str, write: str | None = None, strict: bool = False) -> None:
     """Check a data set in Decathlon layout: every fault at once, a fingerprint, and the config variables that fit.
 
     Args:
@@ -77,17 +113,16 @@ def check(dataset: str, write: str | None = None, strict: bool | str = False) ->
     """
     from .data.report import check
 
-    check(str(dataset), write, strict)
+    check(dataset, write, strict)
 
 
 def export(
-    output: str, bundle_root: str | None = None, config_file: str | list[str] | None = None, **override: Any
+    output: str, bundle_root: str | None = None, config_file: str | Sequence[str] | None = None, **override: Any
 ) -> None:
     """Write the whole segmenter as one file that needs nothing of this package: image in, probabilities out.
 
     The sampler, its noise and its members are inside; members are fused by their mean. Images are preprocessed as
-    ``configs/inference.json`` says. Other flags set config variables, such as ``--num_members 9 --num_steps 2
-    --checkpoint FILE``.
+    ``configs/inference.json`` says.
 
     Args:
         output: file to write: ``.ts`` or ``.pt`` (TorchScript, images of any size), or ``.onnx`` (any batch, images of
@@ -95,12 +130,15 @@ def export(
         bundle_root: the bundle's folder; found in the working directory where it is not given.
         config_file: config, or list of configs, in place of ``configs/inference.json``; with the overlay that the
             weights were trained with, if any.
+        **override: config variables.
     """
+    from .configs import to_be_set
     from .export import export_segmenter
     from .settings import find_bundle_root
 
     root = bundle_root or find_bundle_root()
-    export_segmenter(str(output), config_file or f"{root}/configs/inference.json", bundle_root=root, **override)
+    variables = to_be_set({**override, "bundle_root": root})
+    export_segmenter(output, config_file or f"{root}/configs/inference.json", **variables)
 
 
 def package(
@@ -120,7 +158,7 @@ def package(
     from .package import package_bundle
     from .settings import find_bundle_root
 
-    for path in package_bundle(str(output), bundle_root or find_bundle_root(), results, weights_url):
+    for path in package_bundle(output, bundle_root or find_bundle_root(), results, weights_url):
         print(path)
 
 
@@ -135,13 +173,156 @@ def demo(output_dir: str = "demo_output") -> None:
     run_demo(output_dir)
 
 
+def settings(config: str, bundle_root: str | None = None) -> None:
+    """Print the variables of a config with their defaults, what they may be, and what they mean.
+
+    Args:
+        config: ``train``, ``evaluate`` or ``inference``.
+        bundle_root: the bundle's folder; found in the working directory where it is not given.
+    """
+    from .settings import find_bundle_root
+    from .variables import describe
+
+    print(describe(config, bundle_root or find_bundle_root()))
+
+
+def evaluate_members(folders: Sequence[str], output: str, labels: str | None = None, **options: Any) -> None:
+    """Grade the members of any ensemble; see :func:`medsegdiff_monai.report.members.evaluate_members`."""
+    from .report.members import evaluate_members
+    from .variables import VARIABLES
+
+    if "regions" in options:
+        options["regions"] = VARIABLES["regions"].read(options["regions"])
+    evaluate_members(folders, output, labels, **options)
+
+
+def _add_root(parser: cli.Parser) -> None:
+    parser.add_argument("--bundle_root", metavar="DIR", help="folder of the bundle, where it is not found")
+
+
+def _add_config(parser: cli.Parser) -> None:
+    _add_root(parser)
+    text = "config, or several as ['FILE','FILE'], in place of configs/inference.json"
+    parser.add_argument("--config_file", metavar="FILE", type=cli.config_files, help=text)
+    parser.add_variables("inference", but=("bundle_root", "output_dir", "images"))
+
+
+def _segment_options(parser: cli.Parser) -> None:
+    parser.usage = "%(prog)s IMAGE ... --output_dir DIR [--VARIABLE VALUE ...]"
+    text = (
+        "files (NIfTI, NRRD, MHA, TIFF, PNG, JPEG, BMP) or folders of a DICOM series; after -- also those with a dash"
+    )
+    parser.add_argument("images", nargs="*", metavar="IMAGE", help=text)
+    parser.add_argument("-o", "--output_dir", metavar="DIR", required=True, help="folder to write to")
+    _add_trained(parser)
+    _add_config(parser)
+
+
+def _add_trained(parser: cli.Parser) -> None:
+    text = "folder that `train` has written to, whose settings and weights are taken"
+    parser.add_argument("--trained", metavar="DIR", help=text)
+
+
+def _train_options(parser: cli.Parser) -> None:
+    parser.usage = "%(prog)s DATASET --output_dir DIR [--VARIABLE VALUE ...]"
+    parser.add_argument("dataset", metavar="DATASET", help="folder that holds dataset.json; `prepare` writes one")
+    text = "folder for weights, settings, pictures and report"
+    parser.add_argument("-o", "--output_dir", dest="output", metavar="DIR", required=True, help=text)
+    _add_root(parser)
+    parser.add_variables("train", but=("bundle_root", "output_dir", "dataset_dir", "ckpt_dir"))
+
+
+def _evaluate_options(parser: cli.Parser) -> None:
+    parser.usage = "%(prog)s DATASET --output_dir DIR [--trained DIR] [--VARIABLE VALUE ...]"
+    parser.add_argument("dataset", metavar="DATASET", help="folder that holds dataset.json")
+    text = "folder for masks, tables and report"
+    parser.add_argument("-o", "--output_dir", dest="output", metavar="DIR", required=True, help=text)
+    _add_trained(parser)
+    _add_root(parser)
+    parser.add_variables("evaluate", but=("bundle_root", "output_dir", "dataset_dir"))
+
+
+def _init_options(parser: cli.Parser) -> None:
+    parser.add_argument("output", metavar="DIR", help="folder to write, which must not be there yet")
+    _add_root(parser)
+
+
+def _prepare_options(parser: cli.Parser) -> None:
+    parser.add_argument("kind", help="refuge, brats, ddti, decathlon, folder (images/ and labels/ matched by name) ...")
+    parser.add_argument("--source", metavar="DIR", required=True, help="folder of the download; it is never altered")
+    parser.add_argument("--output", metavar="DIR", required=True, help="folder to write to")
+    parser.add_argument("--seed", type=int, default=0, help="of the split, where none is given")
+    parser.add_argument("--workers", type=int, help="cases at a time; by default one for each processor")
+    for name, text in PREPARE.items():
+        parser.add_argument(f"--{name}", metavar="VALUE", default=cli.UNSET, help=text)
+
+
+def _check_options(parser: cli.Parser) -> None:
+    parser.add_argument("--dataset", metavar="DIR", required=True, help="folder that holds dataset.json")
+    parser.add_argument("--write", metavar="FILE", help="overlay to write with the variables that fit")
+    parser.add_switch("--strict", "whether warnings count as errors")
+
+
+def _export_options(parser: cli.Parser) -> None:
+    parser.usage = "%(prog)s --output FILE [--VARIABLE VALUE ...]"
+    text = "file to write: .ts or .pt (TorchScript), or .onnx"
+    parser.add_argument("--output", metavar="FILE", required=True, help=text)
+    _add_config(parser)
+
+
+def _package_options(parser: cli.Parser) -> None:
+    text = "folder to write a folder and a zip to; an earlier package there is replaced"
+    parser.add_argument("--output", metavar="DIR", required=True, help=text)
+    _add_root(parser)
+    parser.add_argument("--results", metavar="FILE", help="measured results, in place of benchmarks/results.jsonl")
+    parser.add_argument("--weights_url", metavar="URL", help="address to download the weights from, above 25 MB")
+
+
+def _demo_options(parser: cli.Parser) -> None:
+    parser.add_argument("--output_dir", metavar="DIR", default="demo_output", help="folder to write to")
+
+
+def _settings_options(parser: cli.Parser) -> None:
+    parser.add_argument("config", help="train, evaluate or inference")
+    _add_root(parser)
+
+
+def _members_options(parser: cli.Parser) -> None:
+    text = "folder of each member, such as a fold of nnU-Net: masks or probabilities, a file for each case"
+    parser.add_argument("folders", nargs="+", metavar="DIR", help=text)
+    parser.add_argument("--output", metavar="DIR", required=True, help="folder to write tables and report to")
+    parser.add_argument("--labels", metavar="DIR", help="folder of the label maps, if there are any")
+    text = "label values of each class, such as {'disc': [1, 2], 'cup': [2]}, where no dataset.json says so"
+    parser.add_argument("--regions", metavar="VALUE", default=cli.UNSET, help=text)
+    text = "what follows the case's name in the members' files, such as _prob"
+    parser.add_argument("--suffix", metavar="TEXT", default=cli.UNSET, help=text)
+    text = "how one mask is made: mean (default), vote, staple or expected_dice"
+    parser.add_argument("--fusion", metavar="NAME", default=cli.UNSET, help=text)
+    text = "distance in mm, or pixels, up to which surfaces count as equal (1)"
+    parser.add_argument("--tolerance", metavar="NUMBER", type=float, default=cli.UNSET, help=text)
+
+
+COMMANDS = {
+    "check": cli.Command("Check a data set and write the settings that fit it.", _check_options, check),
+    "prepare": cli.Command("Turn a raw download into a data set.", _prepare_options, prepare),
+    "segment": cli.Command("Segment single images; finished ones are skipped.", _segment_options, segment_trained),
+    "train": cli.Command("Check a data set, choose the settings that fit it, and train.", _train_options, train),
+    "evaluate": cli.Command("Segment the cases of a data set and score them.", _evaluate_options, evaluate),
+    "init": cli.Command("Write a copy of the bundle, to be changed.", _init_options, init),
+    "export": cli.Command("Write the segmenter as one file of TorchScript or ONNX.", _export_options, export),
+    "package": cli.Command("Write the bundle as MONAI's model zoo takes it.", _package_options, package),
+    "demo": cli.Command("Prepare real MRI, train on it, score and show the result.", _demo_options, demo),
+    "evaluate-members": cli.Command(
+        "Grade the masks or probabilities of any ensemble, such as nnU-Net's folds.", _members_options, evaluate_members
+    ),
+    "settings": cli.Command("List the variables of train, evaluate or inference.", _settings_options, settings),
+}
+
+
 def main() -> None:
     """Run a command; bad input ends with one message."""
     show_input_errors_plainly()
-    commands = {
-        "check": check, "prepare": prepare, "segment": segment, "export": export, "package": package, "demo": demo
-    }  # fmt: skip
-    fire.Fire(commands, name="medsegdiff_monai")
+    cli.main(COMMANDS, sys.argv[1:])
 
 
 if __name__ == "__main__":

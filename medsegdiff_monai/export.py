@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from monai.data.utils import compute_importance_map
 from torch import Tensor, nn
 
+from .configs import read_config
 from .errors import InputError
 from .files import write_atomically, writing
-from .handlers.weights import load_checkpoint, load_weights
 from .inferers import DiffusionEnsembleInferer
 from .networks.blocks import Stage
 from .schedulers import DiffusionScheduler
-from .settings import read_config
+from .weights import load_weights, network_weights
 
 __all__ = ["LinearStep", "Segmenter", "export_segmenter", "linear_steps", "read_segmenter", "stage_names"]
 
@@ -221,8 +221,7 @@ def read_segmenter(config_file: str | Sequence[str], **override: Any) -> tuple[n
     parser = read_config(config_file, **override)
     network = parser.get_parsed_content("network_def")
     checkpoint = parser.get_parsed_content("checkpoint")
-    content = load_checkpoint(checkpoint)
-    load_weights(checkpoint, network, content.get("model", content))
+    load_weights(checkpoint, network, network_weights(checkpoint, network))
     return network, parser.get_parsed_content("inferer")
 
 

@@ -108,6 +108,7 @@ class DiffusionEnsembleInferer(Inferer):
         self.scheduler: Any = scheduler
         self.num_classes = num_classes
         self.roi_size = tuple(roi_size)
+        self.overlap = overlap
         if member_batch_size is None:
             member_batch_size = self.num_members if agreement_threshold is None else 1
         self.member_batch_size = _count("member_batch_size", member_batch_size)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -22,10 +22,35 @@ __all__ = [
     "generalised_energy_distance",
     "hungarian_matched_iou",
     "iou_matrix",
+    "known_part",
+    "masks_and_labels",
     "nested_masks",
     "rater_scores",
     "variance_ncc",
 ]
+
+
+def known_part(label: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    """Take what nobody has labelled out of a case before it is scored.
+
+    Args:
+        label: masks (classes, *spatial), NaN there.
+        *others: (..., *spatial).
+
+    Returns:
+        All of them as they are where everything is labelled, else (..., voxels).
+    """
+    known = ~torch.as_tensor(label[0]).isnan()
+    if known.all():
+        return label, *others
+    return tuple(torch.as_tensor(x)[..., known.to(x.device)] for x in (label, *others))
+
+
+def masks_and_labels(outputs: Sequence[Mapping[str, Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
+    """What a metric of MONAI compares, from the output of an evaluator: ``mask`` and ``label`` where it is known."""
+    pairs = [known_part(output["label"], output["mask"]) for output in outputs]
+    return [mask for _, mask in pairs], [label for label, _ in pairs]
+
 
 PART = 2**20  # voxels that are counted in float32 at a time, which is exact up to 2^24
 

@@ -1,7 +1,8 @@
 """What training optimises: one short function for each objective, and how MONAI's trainer calls it.
 
 Symbols: ``y`` the mask of a rater, ``s_k`` the k-th of K masks that the network makes of one image, ``x_t`` a noised
-mask, ``T`` the number of timesteps. Masks are {0, 1} in a loss and [-1, 1] where they are noised.
+mask, ``T`` the number of timesteps. Masks are {0, 1} in a loss and [-1, 1] where they are noised. A rater's mask is NaN
+where nobody has labelled: it is noised as background there, and :func:`of_known_voxels` keeps that out of a loss.
 
 MONAI's ``SupervisedTrainer`` is given all three: :class:`SegmentationDiffusionPrepareBatch` draws timesteps and noise,
 :class:`DiffusionTrainingInferer` noises and calls the network, and a function above scores the result.
@@ -35,9 +36,11 @@ __all__ = [
     "loss_function",
     "mask_loss",
     "noise_loss",
+    "of_known_voxels",
     "soft_jaccard_distance",
 ]
 
+NO_LOGIT = -100.0  # its sigmoid is 0, and so is its cross-entropy with 0
 DICE_WEIGHT, BCE_WEIGHT = 0.5, 0.3  # of the members' mean, beside the score of the members
 
 
@@ -60,7 +63,7 @@ def soft_jaccard_distance(a: Tensor, b: Tensor) -> Tensor:
     return 1 - (common + 1) / (either + 1)
 
 
-def ensemble_score(logits: Tensor, raters: Tensor) -> Tensor:
+def ensemble_score(logits: Tensor, raters: Tensor, share: Tensor | float = 1.0) -> Tensor:
     """Score a set of masks s_1 ... s_K of an image against the masks y of its raters; the least is best.
 
     ``L = mean_k d(s_k, y) - 1/2 mean_{k != l} d(s_k, s_l) + 0.5 Dice(mean_k s_k, y) + 0.3 BCE(mean_k s_k, y)``,
@@ -73,6 +76,7 @@ def ensemble_score(logits: Tensor, raters: Tensor) -> Tensor:
     Args:
         logits: masks (batch * K, classes, *spatial), those of an image in a row.
         raters: masks (batch, raters, classes, *spatial) in {0, 1}.
+        share: of the voxels that count, see :func:`of_known_voxels`.
 
     Returns:
         A scalar, float32.
@@ -86,34 +90,36 @@ def ensemble_score(logits: Tensor, raters: Tensor) -> Tensor:
     log_mean, log_rest = (F.logsigmoid(x).logsumexp(1) - math.log(members) for x in (logits, -logits))
     agreement = y.mean(1)
     bce = -(agreement * log_mean + (1 - agreement) * log_rest).mean()
-    return score + DICE_WEIGHT * dice + BCE_WEIGHT * bce
+    return score + DICE_WEIGHT * dice + BCE_WEIGHT * (bce / share)
 
 
-def mask_loss(logits: Tensor, mask: Tensor) -> Tensor:
+def mask_loss(logits: Tensor, mask: Tensor, share: Tensor | float = 1.0) -> Tensor:
     """``Dice(s, y) + BCE(s, y)`` of the x0 that the network predicts, which is one and the same mask for any noise.
 
     Args:
         logits: of x0, (batch, classes, *spatial).
         mask: in {0, 1}, same shape.
+        share: of the voxels that count, see :func:`of_known_voxels`.
 
     Returns:
         A scalar, float32.
     """
     logits, mask = logits.float(), mask.float()
-    return DiceLoss(sigmoid=True)(logits, mask) + F.binary_cross_entropy_with_logits(logits, mask)
+    return DiceLoss(sigmoid=True)(logits, mask) + F.binary_cross_entropy_with_logits(logits, mask) / share
 
 
-def noise_loss(prediction: Tensor, target: Tensor) -> Tensor:
+def noise_loss(prediction: Tensor, target: Tensor, share: Tensor | float = 1.0) -> Tensor:
     """``||epsilon - epsilon_theta(x_t, t)||^2`` (paper, equation 7), or the same of the velocity.
 
     Args:
         prediction: of noise or velocity, (batch, classes, *spatial).
         target: noise or velocity, same shape.
+        share: of the voxels that count, see :func:`of_known_voxels`.
 
     Returns:
         A scalar, float32.
     """
-    return F.mse_loss(prediction.float(), target.float())
+    return F.mse_loss(prediction.float(), target.float()) / share
 
 
 @dataclass(frozen=True)
@@ -130,7 +136,7 @@ class Objective:
             in sampling, and not from a rater's mask. Without it the network trusts what shows through little noise.
     """
 
-    loss: Callable[[Tensor, Tensor], Tensor]
+    loss: Callable[..., Tensor]
     prediction_type: str
     of_sets: bool = False
     last_share: float = 0.0
@@ -151,16 +157,44 @@ def _objective(name: str) -> Objective:
     return OBJECTIVES[name]
 
 
-def loss_function(objective: str) -> Callable[[Tensor, Tensor], Tensor]:
+def of_known_voxels(loss: Callable[..., Tensor], nothing: float) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return a loss that does not count voxels where the target is NaN, for any rater of the image.
+
+    Prediction and target become such there that they add nothing to a sum, and have no gradient; a mean over voxels is
+    divided by the share of them that counts.
+
+    Args:
+        loss: :func:`ensemble_score`, :func:`mask_loss` or :func:`noise_loss`.
+        nothing: prediction of nothing.
+    """
+
+    def known_loss(prediction: Tensor, target: Tensor) -> Tensor:
+        known = ~target.isnan()
+        if target.ndim > prediction.ndim:  # several raters: (batch, raters, classes, *spatial)
+            known = known.all(1, keepdim=True)
+        target = torch.where(known, target, 0.0)
+        share = known.float().mean().clamp(min=1 / known.numel())
+        known = known.flatten(0, target.ndim - prediction.ndim)
+        known = known.repeat_interleave(len(prediction) // len(known), 0)
+        return loss(torch.where(known, prediction, nothing), target, share)
+
+    return known_loss
+
+
+def loss_function(objective: str, ignore_label: int | None = None) -> Callable[..., Tensor]:
     """Return the loss of an objective.
 
     Args:
         objective: ``ensemble``, ``mask``, ``epsilon`` or ``v_prediction``.
+        ignore_label: see :class:`medsegdiff_monai.transforms.Regions`.
 
     Raises:
-        InputError: for another one.
+        InputError: for another objective.
     """
-    return _objective(objective).loss
+    chosen = _objective(objective)
+    if ignore_label is None:
+        return chosen.loss
+    return of_known_voxels(chosen.loss, NO_LOGIT if chosen.prediction_type == "sample" else 0.0)
 
 
 class SegmentationDiffusionPrepareBatch(DiffusionPrepareBatch):
@@ -225,7 +259,8 @@ class SegmentationDiffusionPrepareBatch(DiffusionPrepareBatch):
         """Return masks in [-1, 1], target, and what :class:`DiffusionTrainingInferer` takes besides.
 
         Args:
-            batchdata: ``image`` (batch, channels, *spatial) and ``label`` (batch, raters, classes, *spatial) in {0, 1}.
+            batchdata: ``image`` (batch, channels, *spatial) and ``label`` (batch, raters, classes, *spatial) in {0, 1},
+                NaN where nobody has labelled.
             device: where to compute.
             non_blocking: whether the copy to ``device`` may be asynchronous.
             **kwargs: further arguments of ``Tensor.to``.
@@ -237,10 +272,12 @@ class SegmentationDiffusionPrepareBatch(DiffusionPrepareBatch):
         timesteps = self.get_timesteps(image)
         guessed = self.get_guessed(timesteps)
         one_each = raters[torch.arange(len(raters)), torch.randint(raters.shape[1], (len(raters),))]
-        mask = (2 * one_each - 1).repeat_interleave(self.num_members, 0)
+        mask = (2 * one_each.nan_to_num(0) - 1).repeat_interleave(self.num_members, 0)
         timesteps, guessed = (x.repeat_interleave(self.num_members) for x in (timesteps, guessed))
         noise = self.get_noise(mask)
-        target = raters if self.objective.of_sets else self.get_target(mask, noise, timesteps)
+        target = raters
+        if not self.objective.of_sets:
+            target = self.get_target(mask, noise, timesteps).masked_fill(one_each.isnan(), torch.nan)
         return mask, target, (), {"noise": noise, "timesteps": timesteps, "condition": image, "guessed": guessed}
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from .errors import InputError
 
-__all__ = ["OUTPUTS", "check_outputs", "output_files", "result_file"]
+__all__ = ["FILES", "OUTPUTS", "check_outputs", "output_files", "result_file"]
 
 FILES = {
     "seg": ["seg.nii.gz"],

@@ -143,7 +143,8 @@ def _contents(root: Path, results: Path, weights_url: str | None) -> dict[str, b
         )
 
     code = Path(__file__).parent
-    sources = [(path, path.relative_to(code.parent)) for path in code.rglob("*.py")]
+    parts = [path for kind in ("*.py", "*.html") for path in code.rglob(kind)]
+    sources = [(path, path.relative_to(code.parent)) for path in parts]
     for part in ("LICENSE", "configs", "docs"):
         found = [root / part] if (root / part).is_file() else (root / part).rglob("*")
         sources += [(path, path.relative_to(root)) for path in found if path.is_file() and path.name[0] != "."]

@@ -18,15 +18,27 @@ COLOURS = np.array(
 )  # background, then one for each label; further labels begin again
 
 
-def _colour(label: np.ndarray) -> np.ndarray:
-    index = label.astype(np.int64)
-    return COLOURS[np.where(index > 0, (index - 1) % (len(COLOURS) - 1) + 1, 0)]
+def _colours(values: Sequence[int] = ()) -> np.ndarray:
+    """RGB colours (labels, 3) of label values, of which ``values`` have the first ones in their order."""
+    index = np.arange(max(255, *values, 0) + 1)
+    plain = COLOURS[np.where(index > 0, (index - 1) % (len(COLOURS) - 1) + 1, 0)]
+    colours = plain.copy()
+    colours[list(values)] = plain[1 : len(values) + 1]
+    return colours
 
 
-def palette_png_bytes(label: np.ndarray) -> bytes:
-    """Label map (x, y) as a palette PNG: the pixel values are the labels, the palette makes them visible."""
-    picture = Image.fromarray(np.ascontiguousarray(label.T), mode="P")
-    picture.putpalette(_colour(np.arange(256)).tobytes())
+def palette_png_bytes(label: np.ndarray, values: Sequence[int] = ()) -> bytes:
+    """Label map (x, y) as a PNG whose pixel values are the labels; a palette, which ends at 255, makes them visible.
+
+    Args:
+        label: whole numbers from 0; above 255 the PNG is one of 16 bits in grey.
+        values: those that have the first colours.
+    """
+    if label.max(initial=0) > 255:
+        picture = Image.fromarray(np.ascontiguousarray(label.T.astype(np.uint16)))
+    else:
+        picture = Image.fromarray(np.ascontiguousarray(label.T.astype(np.uint8)), mode="P")
+        picture.putpalette(_colours(values)[:256].tobytes())
     out = io.BytesIO()
     picture.save(out, format="PNG")
     return out.getvalue()
@@ -51,7 +63,7 @@ def overlay_bytes(
     uncertainty: np.ndarray,
     truth: np.ndarray | None,
     affine: np.ndarray,
-    names: Sequence[str],
+    names: Mapping[int, str],
     title: str,
     members: Mapping[str, np.ndarray] | None = None,
 ) -> bytes:
@@ -65,7 +77,7 @@ def overlay_bytes(
         uncertainty: (1, *spatial) in [0, 1].
         truth: label map (1, *spatial), or None.
         affine: (4, 4); its voxel size sets the aspect ratio.
-        names: of the labels 1, 2, ...
+        names: of the values in a label map.
         title: of the picture.
         members: label maps (1, *spatial) of single members to show, with what stands above each.
     """
@@ -76,10 +88,11 @@ def overlay_bytes(
     shown = prediction if truth is None else truth
     index = 0 if dims == 2 else int((shown if shown.any() else prediction)[0].sum(axis=(0, 1), dtype=float).argmax())
     background = _grey(_slice(image, dims, index))
+    colours = _colours(list(names)) / 255
 
     def blend(label: np.ndarray) -> np.ndarray:
         plane = _slice(label, dims, index)[..., 0]
-        return np.where(plane[..., None] > 0, 0.45 * background + 0.55 * _colour(plane) / 255, background)
+        return np.where(plane[..., None] > 0, 0.45 * background + 0.55 * colours[plane], background)
 
     panels = [("image", background)]
     if truth is not None:
@@ -92,7 +105,7 @@ def overlay_bytes(
             axis.set_axis_off()
         for axis, (name, panel) in zip(axes, row):
             _draw(axis, name, panel, affine)
-    handles = [Patch(color=tuple(_colour(np.array(i + 1)) / 255), label=name) for i, name in enumerate(names)]
+    handles = [Patch(color=tuple(colours[value]), label=name) for value, name in names.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=max(1, len(names)), frameon=False)
     figure.suptitle(title, fontsize=10)
     out = io.BytesIO()

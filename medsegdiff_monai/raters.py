@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
-from monai.transforms import Compose, EnsureChannelFirst, LoadImage, MapTransform, Randomizable, Transform
+from monai.transforms import MapTransform, Randomizable, Transform
 from monai.utils import ensure_tuple
 from torch import Tensor
 
+from .data.rules import DataSpec, read_label
 from .transforms import LabelsToRegionsd
 
 __all__ = ["Consensusd", "DrawRatersd", "LoadRatersd", "RatersAsLabeld", "RatersToRegionsd", "most_raters"]
@@ -48,23 +49,41 @@ class RatersAsLabeld(Transform):
 class LoadRatersd(MapTransform):
     """Load label maps as (raters, *spatial): a list of files, one for each rater, or one file.
 
-    Each file is read by itself, and the first one's geometry is taken. (MONAI's ``LoadImaged`` stacks no files whose
-    affines differ by rounding, as those of different programs do, and none of different formats.)
+    They are turned onto the grid of the image, or of the first label map where there is no image, and checked, so that
+    none is taken that lies elsewhere or holds other values, whoever made the data list
+    (:func:`medsegdiff_monai.data.rules.read_label`). Each file is read by itself. (MONAI's ``LoadImaged`` stacks no
+    files whose affines differ by rounding, as those of different programs do, and none of different formats.)
 
     Args:
         keys: keys of the files.
+        spec: what the config variables say of the data; default: values are not compared with it.
+        image_key: key of the image, which is loaded already.
         allow_missing_keys: whether keys may be missing.
     """
 
-    def __init__(self, keys: KeysCollection, allow_missing_keys: bool = False) -> None:
+    def __init__(
+        self,
+        keys: KeysCollection,
+        spec: DataSpec | None = None,
+        image_key: str = "image",
+        allow_missing_keys: bool = False,
+    ) -> None:
         super().__init__(keys, allow_missing_keys)
-        self.load = Compose([LoadImage(image_only=True), EnsureChannelFirst()])
+        self.spec = spec
+        self.image_key = image_key
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Return a copy of ``data`` with the label maps in place of the files."""
+        """Return a copy of ``data`` with the label maps in place of the files.
+
+        Raises:
+            InputError: for a label map that has faults, or lies on another grid.
+        """
         d = dict(data)
         for key in self.key_iterator(d):
-            maps = [self.load(file) for file in ensure_tuple(d[key])]
+            grid, maps = d.get(self.image_key), []
+            for file in ensure_tuple(d[key]):
+                maps.append(read_label(str(file), grid, self.spec))
+                grid = maps[0] if grid is None else grid
             d[key] = MetaTensor(torch.cat([m.as_tensor() for m in maps])).copy_meta_from(maps[0])
         return d
 
@@ -77,6 +96,7 @@ class RatersToRegionsd(LabelsToRegionsd):
         num_classes: number of mask channels.
         regions: see :class:`medsegdiff_monai.transforms.Regions`.
         allow_missing_keys: whether keys may be missing.
+        ignore_label: see :class:`medsegdiff_monai.transforms.Regions`.
     """
 
     def masks(self, label: Tensor) -> Tensor:
@@ -88,7 +108,7 @@ class Consensusd(Transform):
     """Make the masks of a case that is scored: a consensus always, those of the raters where there are several.
 
     Where the case has no label of its own, a voxel belongs to a region if at least half of the raters say so; of two
-    raters one is enough.
+    raters one is enough. What any of them ignores (NaN) is ignored in all, so that every score counts the same voxels.
 
     Args:
         label_key: masks (classes, *spatial); kept where they are there.
@@ -105,11 +125,14 @@ class Consensusd(Transform):
         raters = d.get(self.raters_key)
         if raters is None:
             return d
+        masks = torch.as_tensor(raters)
         if self.label_key not in d:
-            masks = torch.as_tensor(raters)
             consensus = (2 * masks.sum(0) >= len(masks)).to(masks.dtype)
             is_meta = isinstance(raters, MetaTensor)
             d[self.label_key] = MetaTensor(consensus).copy_meta_from(raters) if is_meta else consensus
+        unknown = masks.isnan().any(0) | torch.as_tensor(d[self.label_key]).isnan()
+        if unknown.any():
+            d[self.label_key] = d[self.label_key].masked_fill(unknown, torch.nan)
         if len(raters) == 1:
             del d[self.raters_key]
         return d

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from monai.bundle import ConfigParser
-from monai.utils import ensure_tuple
 
 from .errors import InputError
 
-__all__ = ["amp_dtype", "as_bool", "default_device", "field_size", "find_bundle_root", "read_config"]
+__all__ = ["amp_dtype", "as_bool", "default_device", "field_size", "find_bundle_root"]
 
 
 def as_bool(value: bool | str) -> bool:
-    """Read a boolean that may come from the command line, where fire passes ``true`` and ``false`` as strings.
+    """Read a boolean that may come as text, as from MONAI's command line or MONAI Label.
 
     Raises:
         InputError: for anything but true and false, in any case.
@@ -71,39 +68,15 @@ def field_size(
 
 
 def find_bundle_root() -> str:
-    """Return the bundle's folder, seen from the working directory: the project's root or the bundle itself.
+    """Return the bundle's folder: in the working directory, that itself, or the one that came with this package.
 
     Raises:
-        InputError: elsewhere.
+        InputError: where there is none.
     """
-    for root in ("bundle", "."):
+    package = Path(__file__).parent
+    for root in ("bundle", ".", package / "bundle", package.parent / "bundle"):  # a wheel's, a clone's
         if (Path(root) / "configs" / "metadata.json").is_file():
-            return root
+            return str(root)
     raise InputError(
         f"bundle_root: there is no bundle in {Path.cwd()}: give --bundle_root DIR, the folder that holds configs/."
     )
-
-
-def read_config(config_file: str | Path | Sequence[str | Path], **override: Any) -> ConfigParser:
-    """Read a config of the bundle, and set variables of it.
-
-    Args:
-        config_file: config, or list of configs, of which later ones take precedence.
-        **override: config variables; parts of one are set by ``variable#part`` or ``variable::part``.
-
-    Raises:
-        InputError: for a config that is not there, or variables that it does not have, which MONAI would ignore.
-    """
-    files = [str(file) for file in ensure_tuple(config_file)]
-    for file in files:
-        if not Path(file).is_file():
-            raise InputError(
-                f"{file}: no such config: give --config_file FILE, or --bundle_root DIR with configs/ in it."
-            )
-    parser = ConfigParser()
-    parser.read_config(files)
-    for name in override:
-        if name.replace("::", "#").split("#")[0] not in parser.get():
-            raise InputError(f"{name}: is no variable of {', '.join(files)}: see there what they are called.")
-    parser.update(override)
-    return parser

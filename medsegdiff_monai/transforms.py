@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from itertools import chain
+from itertools import chain, count
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from monai.transforms import (
 from torch import Tensor
 
 from .errors import InputError
-from .fusion import MemberSummary, check_fusion
+from .fusion import MemberSummary, binary_entropy, check_fusion
 
 __all__ = ["FuseMembersd", "LabelsToRegionsd", "NormalizeImaged", "RandCropByClassd", "Regions", "ToSpacingd"]
 
@@ -33,12 +33,16 @@ class Regions:
         num_classes: number of mask channels.
         regions: names of the channels with the label values that each one holds, for instance
             ``{"disc": [1, 2], "cup": [2]}``; by default one channel for each label from 1 to ``num_classes``.
+        ignore_label: value of voxels that nobody has labelled; masks are NaN there, and neither losses nor scores count
+            them. Default: there are none.
 
     Raises:
-        InputError: where ``regions`` and ``num_classes`` do not fit together.
+        InputError: where ``regions``, ``num_classes`` and ``ignore_label`` do not fit together.
     """
 
-    def __init__(self, num_classes: int, regions: Mapping[str, Sequence[int]] | None = None) -> None:
+    def __init__(
+        self, num_classes: int, regions: Mapping[str, Sequence[int]] | None = None, ignore_label: int | None = None
+    ) -> None:
         if regions is None:
             regions = {f"class_{i}": [i] for i in range(1, num_classes + 1)}
         if len(regions) != num_classes:
@@ -50,11 +54,37 @@ class Regions:
         members = [value for values in self.values for value in values]
         self.labels = {0, *members}
         self.exclusive = len(members) == len(set(members))
+        if ignore_label is not None and (type(ignore_label) is not int or ignore_label in self.labels):
+            raise InputError(
+                f"ignore_label={ignore_label!r} must be a whole number, and neither 0 nor a label of a class "
+                f"({', '.join(map(str, sorted(self.labels - {0})))})."
+            )
+        self.ignore_label = ignore_label
+        self.written = self._own_values()
+
+    def _own_values(self) -> list[int]:
+        """The value of each channel in a label map: the least label that it shares with no later one, if there is any.
+
+        So labels come out as they went in, nested regions too.
+        """
+        own: list[int] = []
+        later: set[int] = set()
+        for values in map(set, reversed(self.values)):
+            candidates = chain(sorted(values - later), sorted(values), count(max(self.labels) + 1))
+            own.append(next(value for value in candidates if value not in own))
+            later |= values
+        return own[::-1]
+
+    @property
+    def legend(self) -> dict[int, str]:
+        """The name of each value in a label map."""
+        return dict(zip(self.written, self.names))
 
     def masks(self, label: Tensor) -> Tensor:
-        """Turn a label map (1, *spatial) into float32 masks (classes, *spatial) in {0, 1}."""
+        """Turn a label map (1, *spatial) into float32 masks (classes, *spatial) in {0, 1}, NaN where it is ignored."""
         channels = [torch.isin(label[0], torch.tensor(v, device=label.device).to(label.dtype)) for v in self.values]
-        return torch.stack(channels).float()
+        masks = torch.stack(channels).float()
+        return masks if self.ignore_label is None else masks.masked_fill_(label == self.ignore_label, torch.nan)
 
     def binarise(self, probability: Tensor) -> Tensor:
         """Threshold probabilities (classes, *spatial) into masks of the same shape.
@@ -68,13 +98,14 @@ class Regions:
         return above & winner
 
     def label_map(self, masks: Tensor) -> Tensor:
-        """Turn masks (classes, *spatial) into a uint8 label map (1, *spatial).
+        """Turn masks (classes, *spatial) into a label map (1, *spatial), of uint8 where its values fit, else int32.
 
-        Channel i has the value i + 1; where regions overlap, the one declared later is on top.
+        Each channel has the value that it has in the label maps of the data (:attr:`written`); where regions overlap,
+        the one declared later is on top.
         """
-        label = torch.zeros_like(masks[:1], dtype=torch.uint8)
-        for i, mask in enumerate(masks):
-            label[0][mask > 0] = i + 1
+        label = torch.zeros_like(masks[:1], dtype=torch.uint8 if max(self.written) < 256 else torch.int32)
+        for value, mask in zip(self.written, masks):
+            label[0][mask > 0] = value
         return label
 
 
@@ -104,8 +135,13 @@ class RandCropByClassd(RandCropByLabelClassesd):
         self.labels = torch.tensor(labels)
 
     def randomize(self, label: Tensor, indices: Any = None, image: Tensor | None = None) -> None:
-        """Draw the centre; MONAI looks for every value up to the largest, so these are numbered without gaps."""
-        numbers = torch.bucketize(torch.as_tensor(label), self.labels.to(label.device))
+        """Draw the centre; MONAI looks for every value up to the largest, so these are numbered without gaps.
+
+        What is ignored has a number of its own, which no centre is drawn from.
+        """
+        plain, labels = torch.as_tensor(label), self.labels.to(label.device)
+        numbers = torch.bucketize(plain, labels)
+        numbers[~torch.isin(plain, labels.to(plain.dtype))] = len(labels)
         if len(numbers) > 1:  # one channel for each class, which MONAI takes as well
             marked = [(numbers == i).any(0) for i in range(1, len(self.labels))]
             numbers = torch.stack([(numbers == 0).all(0), *marked])
@@ -155,13 +191,14 @@ class ToSpacingd(Spacingd):
 
 
 class LabelsToRegionsd(MapTransform):
-    """Turn label maps (1, *spatial) into masks (classes, *spatial) in {0, 1}.
+    """Turn label maps (1, *spatial) into masks (classes, *spatial) in {0, 1}, NaN where they are ignored.
 
     Args:
         keys: keys of the label maps.
         num_classes: number of mask channels.
         regions: see :class:`Regions`.
         allow_missing_keys: whether keys may be missing.
+        ignore_label: see :class:`Regions`.
     """
 
     def __init__(
@@ -170,9 +207,10 @@ class LabelsToRegionsd(MapTransform):
         num_classes: int,
         regions: Mapping[str, Sequence[int]] | None = None,
         allow_missing_keys: bool = False,
+        ignore_label: int | None = None,
     ) -> None:
         super().__init__(keys, allow_missing_keys)
-        self.regions = Regions(num_classes, regions)
+        self.regions = Regions(num_classes, regions, ignore_label)
 
     def masks(self, label: Tensor) -> Tensor:
         """Return the masks of a label map."""
@@ -193,10 +231,12 @@ class FuseMembersd(MapTransform):
     Reads ``pred`` (members * classes, *spatial), the classes of a member in a row, takes one member after the other
     back to the grid of the input, and writes
 
-    - ``pred``: label map (1, *spatial), uint8;
+    - ``pred``: label map (1, *spatial), see :meth:`Regions.label_map`;
     - ``mask``: one channel for each class, in {0, 1};
-    - ``prob``: probability of each class, the members' mean, whatever the fusion of the masks;
-    - ``uncertainty_entropy`` and ``uncertainty_mi``: (1, *spatial), bits (:mod:`medsegdiff_monai.fusion`);
+    - ``mean``: the members' mean probability of each class, whatever the fusion of the masks;
+    - ``prob``: the same, calibrated where a training has left a calibration;
+    - ``uncertainty_entropy``: entropy of ``prob``, (1, *spatial), bits, the largest over the classes;
+    - ``uncertainty_mi``: (1, *spatial), bits (:meth:`medsegdiff_monai.fusion.MemberSummary.mutual_information`);
     - ``member_masks`` (members, classes, *spatial): the mask that each member makes by itself, boolean;
     - ``member_sizes`` (members, classes): share of the voxels that each member's mask fills;
     - ``pairwise_dice`` (classes,): mean Dice over pairs of members.
@@ -209,6 +249,8 @@ class FuseMembersd(MapTransform):
             (:meth:`medsegdiff_monai.fusion.MemberSummary.fuse`).
         invert: undoes the preprocessing of the image for the same key, such as MONAI's ``Invertd``. It gets one member
             at a time, so that not all of them are in memory on the input's grid.
+        calibrate: takes the members' mean (classes, *spatial) to calibrated probabilities, such as a network's
+            :class:`medsegdiff_monai.networks.TrainingRecord`; default: they are the mean itself.
     """
 
     def __init__(
@@ -218,9 +260,11 @@ class FuseMembersd(MapTransform):
         regions: Mapping[str, Sequence[int]] | None = None,
         fusion: str = "expected_dice",
         invert: Callable[[dict], dict] | None = None,
+        calibrate: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__(keys)
         self.regions = Regions(num_classes, regions)
+        self.calibrate = calibrate
         self.num_classes = num_classes
         self.fusion = check_fusion(fusion)
         self.invert = invert
@@ -238,11 +282,13 @@ class FuseMembersd(MapTransform):
         plain = (m.as_tensor() if isinstance(m, MetaTensor) else m for m in chain([first], members))
         summary = MemberSummary(plain, self.regions.binarise)
         masks = self.regions.binarise(summary.fuse(self.fusion))
+        probability = summary.mean if self.calibrate is None else self.calibrate(summary.mean)
         maps = {
             key: self.regions.label_map(masks),
             "mask": masks.float(),
-            "prob": summary.mean,
-            "uncertainty_entropy": summary.predictive_entropy()[None],
+            "mean": summary.mean,
+            "prob": probability,
+            "uncertainty_entropy": binary_entropy(probability).amax(0, keepdim=True),
             "uncertainty_mi": summary.mutual_information()[None],
         }
         if isinstance(first, MetaTensor):

@@ -71,7 +71,7 @@ BAD_DATA = {
         lambda d: nib.save(
             nib.Nifti1Image(np.zeros((16, 16, 8), np.uint8), np.diag([-1, 1, 1, 1])), d / "label_1.nii.gz"
         ),
-        ["label_1.nii.gz", "affine differs", "copy the image's geometry"],
+        ["label_1.nii.gz", "voxels off the image's", "resample the label onto the image's grid"],
     ),
     "channels": (
         lambda d: edit(d / "image_3.nii.gz", lambda a: np.stack([a] * 4, -1)),
@@ -173,7 +173,7 @@ def test_colours_in_a_label_are_refused(bundle, tmp_path):
     settings = {"spatial_dims": 2, "in_channels": 3, "num_classes": 1, "spacing": None, "roi_size": [16, 16]}
     with pytest.raises(RuntimeError) as error:
         bundle("train", dataset_dir=data, **settings)
-    assert "label_0.png" in message(error.value) and "one channel" in message(error.value)
+    assert "label_0.png: holds colours" in message(error.value)
 
 
 def command(*args: object, cwd: Path) -> subprocess.CompletedProcess:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
 from pathlib import Path
 
 import nibabel as nib
@@ -30,11 +29,14 @@ def test_volumes_train_evaluate_infer_and_keep_their_geometry(bundle, volumes):
     weights = torch.load(models / "model.pt", weights_only=True)
     assert all(isinstance(v, torch.Tensor) and not v.is_complex() for v in weights.values())
     assert (models / "checkpoint_epoch=1.pt").is_file()
+    known = {name for name, value in weights.items() if name.startswith("record.") and not value.isnan().all()}
+    assert {"record.extent", "record.intensity", "record.size"} <= known
     assert (training / "curves.png").is_file() and "val_mean_dice" in (training / "history.csv").read_text()
 
     (row,) = read_table(bundle("evaluate", **settings))
-    scores = {"dice_class_1", "dice_class_2", "iou_class_1", "ece_class_2"}
-    assert scores | {"volume_mm3_class_1", "volume_mm3_std_class_1", "mean_pairwise_dice", "seconds"} <= set(row)
+    scores = {"dice_class_1", "dice_class_2", "iou_class_1", "ece_class_2", "expected_dice", "expected_dice_class_2"}
+    others = {"flag", "volume_mm3_class_1", "volume_mm3_std_class_1", "mean_pairwise_dice", "seconds", "hd95_class_1"}
+    assert scores | others <= set(row)
     assert all(0 <= float(row[name]) <= 1 for name in scores | {"mean_pairwise_dice"})
 
     out = bundle("inference", **settings)
@@ -52,8 +54,11 @@ def test_volumes_train_evaluate_infer_and_keep_their_geometry(bundle, volumes):
 def test_pictures_train_evaluate_infer_and_give_png_masks(bundle, pictures):
     settings = {**PICTURE_SETTINGS, "dataset_dir": pictures}
     bundle("train", **settings)
-    (row,) = read_table(bundle("evaluate", **settings))
-    assert 0 <= float(row["dice_class_1"]) <= 1 and "area_mm2_class_1" in row
+    evaluated = bundle("evaluate", **settings)
+    (row,) = read_table(evaluated)
+    assert 0 <= float(row["dice_class_1"]) <= 1 and "area_px_class_1" in row
+    assert (evaluated / "structures.csv").read_text().startswith("case,class,structure,kind")
+    assert "class_1" in (evaluated / "report.html").read_text()
     out = bundle("inference", **settings)
     source = Image.open(pictures / "image_4.png")
     mask = Image.open(out / "image_4" / "image_4_seg.png")
@@ -107,18 +112,25 @@ def test_same_seed_same_masks_and_another_seed_others(bundle, trained, tmp_path)
     assert (first / name).read_bytes() != (other / name).read_bytes()
 
 
-def test_finished_cases_are_skipped_until_told_or_outdated(bundle, trained):
+def test_finished_cases_are_skipped_until_told_or_other_settings_are_asked_for(bundle, trained):
     mask = bundle("inference", **trained) / "image_4" / "image_4_seg.nii.gz"
-    first = mask.stat().st_mtime_ns
-    bundle("inference", **trained)
-    assert mask.stat().st_mtime_ns == first
-    bundle("inference", overwrite="true", **trained)
-    second = mask.stat().st_mtime_ns
-    assert second > first
-    checkpoint = mask.parents[2] / "models" / "model.pt"
-    os.utime(checkpoint, ns=(second + 10**9, second + 10**9))
-    bundle("inference", **trained)
-    assert mask.stat().st_mtime_ns > second
+    times = [mask.stat().st_mtime_ns]
+
+    def is_renewed(**settings) -> bool:
+        bundle("inference", **trained, **settings)
+        times.append(mask.stat().st_mtime_ns)
+        return times[-1] > times[-2]
+
+    assert not is_renewed()
+    assert is_renewed(overwrite="true")
+    for settings in ({"num_steps": 2}, {"inferer#overlap": 0.25}):
+        assert is_renewed(**settings) and not is_renewed(**settings), settings
+    assert is_renewed()
+    mask.write_bytes(mask.read_bytes()[:40])
+    assert is_renewed() and not is_renewed()
+    weights = torch.load(mask.parents[2] / "models" / "model.pt", weights_only=True)
+    torch.save({name: value * 1.01 for name, value in weights.items()}, mask.parents[2] / "models" / "model.pt")
+    assert is_renewed()
 
 
 def test_inference_over_a_plain_folder_skips_bad_files_and_fails_in_the_end(bundle, trained, tmp_path):
@@ -131,6 +143,7 @@ def test_inference_over_a_plain_folder_skips_bad_files_and_fails_in_the_end(bund
     with pytest.raises(RuntimeError) as error:
         bundle("inference", output=tmp_path / "out", **{**trained, "dataset_dir": folder})
     assert "broken.png" in str(error.value.__cause__)
+    assert not list((tmp_path / "out").glob(".*"))
     assert {row["case"] for row in read_table(tmp_path / "out")} == {"a_scan", "plain_scan"}
 
 
@@ -150,7 +163,10 @@ def test_shared_variables_and_network_are_the_same_in_all_configs():
     differ = {"output_dir", "imports", "run", "initialize", "num_members"}  # validation draws one member
     for other in (evaluate, inference):
         for key in set(train) & set(other) - differ:
-            assert train[key] == other[key], key
+            expected, found = train[key], other[key]
+            if key == "data_spec":  # inference reads no labels
+                expected, found = ({k: v for k, v in spec.items() if k != "ignore_label"} for spec in (expected, found))
+            assert expected == found, key
     for key in ("preprocessing", "postprocessing"):  # but for the label
         assert len(evaluate[key]["transforms"]) >= len(inference[key]["transforms"])
     assert train["validate"]["preprocessing"] == evaluate["preprocessing"]

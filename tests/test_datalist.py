@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from medsegdiff_monai.data import DataSpec, evaluation_items, inference_items, training_sampler, training_splits
-from medsegdiff_monai.data.datalist import case_names
+from medsegdiff_monai.data.names import case_names
 from medsegdiff_monai.errors import InputError
 from medsegdiff_monai.transforms import LabelsToRegionsd, NormalizeImaged, Regions
 
@@ -104,7 +104,7 @@ def test_regions_make_channels_and_label_maps():
     assert masks.tolist() == [[[0, 1, 1, 1]], [[0, 0, 0, 1]]]
     overlapping = Regions(2, regions)
     assert not overlapping.exclusive
-    assert overlapping.label_map(masks).tolist() == [[[0, 1, 1, 2]]]
+    assert overlapping.label_map(masks).tolist() == [[[0, 1, 1, 3]]]
     assert overlapping.binarise(torch.tensor([[0.9], [0.8]])).tolist() == [[True], [True]]
 
 

@@ -20,7 +20,8 @@ from monai.fl.utils.constants import ExtraItems, FlStatistics, ModelType
 from monai.fl.utils.exchange_object import ExchangeObject
 from PIL import Image
 
-from medsegdiff_monai.handlers.weights import load_checkpoint
+from medsegdiff_monai.errors import InputError
+from medsegdiff_monai.weights import load_checkpoint
 
 from .conftest import CONFIGS, ROOT
 
@@ -135,6 +136,19 @@ def test_example_in_the_simulator_of_nvidia_flare(tmp_path):
         output_dir=str(tmp_path / "out"),
     )  # fmt: skip
     assert len((tmp_path / "out" / "cases.csv").read_text().splitlines()) == 5
+
+
+def test_a_client_refuses_labels_that_do_not_lie_on_their_images(tmp_path):
+    """By the same rules as everyone else, and before a round begins."""
+    data = write_discs(tmp_path / "data", ("bright",), 4, 2)
+    Image.new("L", (SIZE, SIZE - 1)).save(data / "label_1.png")
+    with pytest.raises(RuntimeError) as error:
+        join(tmp_path / "client", data)
+    cause: BaseException | None = error.value
+    while not isinstance(cause, InputError):
+        assert cause is not None
+        cause = cause.__cause__
+    assert "label_1.png: label of size [24, 23], image of size [24, 24]" in str(cause)
 
 
 @pytest.fixture(scope="module")

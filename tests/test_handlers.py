@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import json
 import random
+import re
+import signal
 
 import nibabel as nib
 import numpy as np
@@ -13,16 +16,18 @@ import torch
 from ignite.engine import Engine, Events
 from monai.bundle import ConfigParser
 from monai.data import Dataset
+from monai.handlers import StatsHandler
 from monai.transforms import RandGaussianNoise
 
 from medsegdiff_monai.engines import cosine_decay
-from medsegdiff_monai.errors import InputError
+from medsegdiff_monai.errors import InputError, Interrupted
 from medsegdiff_monai.files import replacing
 from medsegdiff_monai.handlers import (
     BestModelSaver,
     EarlyStopping,
     EpochSeeding,
     ModelEMA,
+    PlainErrors,
     TrainingCheckpoint,
     WeightsLoader,
 )
@@ -168,6 +173,60 @@ def test_truncated_checkpoint_is_named_and_the_one_before_taken(damage, tmp_path
         make_trainer(torch.nn.Linear(2, 1), tmp_path, resume=True).run([0], max_epochs=5)
 
 
+def test_checkpoints_that_others_remove_are_not_missed_and_a_lost_model_is_named(tmp_path):
+    network = torch.nn.Linear(2, 1)
+    trainer = make_trainer(network, tmp_path)
+    BestModelSaver(network, str(tmp_path / "model.pt"), trainer.validator).attach(trainer)
+
+    def sweep(engine):
+        trainer.validator.state.best_metric_epoch = engine.state.epoch if engine.state.epoch < 3 else 2
+        for path in tmp_path.glob("*.pt") if engine.state.epoch == 3 else tmp_path.glob("checkpoint*.pt"):
+            path.unlink()
+
+    trainer.add_event_handler(Events.EPOCH_STARTED, sweep)
+    with pytest.raises(InputError, match=r"model.pt: was removed while the training went on: its last checkpoint"):
+        trainer.run([0], max_epochs=4)
+    assert (tmp_path / "checkpoint_epoch=4.pt").is_file()
+
+
+def test_a_checkpoint_that_is_being_removed_is_not_missed(tmp_path, monkeypatch):
+    """It was there when the folder was listed."""
+    monkeypatch.setattr(TrainingCheckpoint, "_files", lambda self: {1: tmp_path / "checkpoint_epoch=1.pt"})
+    make_trainer(torch.nn.Linear(2, 1), tmp_path).run([0], max_epochs=4)
+
+
+@pytest.mark.parametrize(
+    "resume, stop, advice",
+    [
+        (False, 1, r"No epoch was finished, nothing is saved: the same command"),
+        (False, 4, r"up to epoch 3 is saved in .*: the same command with --resume true"),
+        (True, 3, r"up to epoch 2 is saved"),
+    ],
+)
+def test_a_training_that_is_stopped_says_what_is_saved(resume, stop, advice, tmp_path):
+    """Also beside the checkpoints of an earlier training, which a new one replaces."""
+    make_trainer(torch.nn.Linear(2, 1), tmp_path).run([0], max_epochs=2)
+    trainer = make_trainer(torch.nn.Linear(2, 1), tmp_path, resume=resume)
+
+    def interrupt(engine):
+        if engine.state.epoch == stop:
+            signal.raise_signal(signal.SIGINT)
+
+    trainer.add_event_handler(Events.EPOCH_STARTED, interrupt)
+    with pytest.raises(Interrupted) as stopped:
+        trainer.run([0], max_epochs=5)
+    assert re.search(advice, stopped.value.message)
+
+
+def test_errors_of_a_validation_are_passed_on_without_their_frames(caplog):
+    engine = Engine(lambda e, b: as_bool("yes"))
+    PlainErrors().attach(engine)
+    StatsHandler(name="stats").attach(engine)
+    with pytest.raises(InputError):
+        engine.run([0])
+    assert "Traceback" not in caplog.text
+
+
 def test_what_a_killed_run_was_writing_is_removed(tmp_path):
     for name in (".checkpoint_epoch=7.pt.99.tmp", ".model.pt.99.tmp", "notes.tmp"):
         (tmp_path / name).touch()
@@ -178,7 +237,7 @@ def test_what_a_killed_run_was_writing_is_removed(tmp_path):
 def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path):
     file = tmp_path / "weights.pt"
     file.write_bytes(b"old")
-    with pytest.raises(OSError, match="disk full"), replacing(file) as temporary:
+    with pytest.raises(InputError, match=r"weights.pt: cannot be written \(disk full\)"), replacing(file) as temporary:
         temporary.write_bytes(b"ne")
         raise OSError("disk full")
     assert file.read_bytes() == b"old" and list(tmp_path.iterdir()) == [file]
@@ -273,11 +332,11 @@ ADAPTED = ConfigParser.load_config_file(CONFIGS / "train.json")["train"]["handle
 )
 def test_pretrained_weights_of_other_channels_keep_all_layers_but_those(change, anew, tmp_path, caplog):
     source, network = small_network(), small_network(**change)
-    fresh = {name: value.clone() for name, value in network.state_dict().items()}
+    fresh = {name: value.clone() for name, value in network.named_parameters()}
     torch.save(source.state_dict(), tmp_path / "model.pt")
     with caplog.at_level("INFO"):
         WeightsLoader(str(tmp_path / "model.pt"), network, ADAPTED)(Engine(lambda e, b: None))
-    for name, value in network.state_dict().items():
+    for name, value in network.named_parameters():
         expected = fresh[name] if name.split(".")[0] in anew else source.state_dict()[name]
         torch.testing.assert_close(value, expected, rtol=0, atol=0)
     lines = [record.getMessage() for record in caplog.records if "starts anew" in record.getMessage()]
@@ -292,6 +351,79 @@ def test_pretrained_weights_of_another_architecture_are_refused_and_inference_ad
     torch.save(small_network(in_channels=3).state_dict(), tmp_path / "other.pt")
     with pytest.raises(InputError, match="another architecture"):
         WeightsLoader(str(tmp_path / "other.pt"), small_network())(Engine(lambda e, b: None))
+
+
+WRAPPERS = {
+    "DataParallel": lambda net: torch.nn.DataParallel(net).state_dict(),
+    "averaged": lambda net: torch.optim.swa_utils.AveragedModel(net).state_dict(),
+    "compiled": lambda net: torch.compile(net).state_dict(),
+    "MONAI": lambda net: {"model": net.state_dict()},
+    "Lightning": lambda net: {"state_dict": {f"network.{k}": v for k, v in net.state_dict().items()}, "epoch": 3},
+    "of a training": lambda net: {
+        "network": small_network().state_dict(), "ema": net.state_dict(), "optimizer": {"state": {}}
+    },
+    "from before buffers": lambda net: dict(net.named_parameters()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=list(WRAPPERS))
+def test_weights_are_recognised_however_they_were_saved(wrap, tmp_path):
+    source, network = small_network(), small_network()
+    torch.save(wrap(source), tmp_path / "model.pt")
+    WeightsLoader(str(tmp_path / "model.pt"), network)(Engine(lambda e, b: None))
+    for (name, value), (_, expected) in zip(network.named_parameters(), source.named_parameters(), strict=True):
+        torch.testing.assert_close(value, expected, rtol=0, atol=0, msg=name)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_refused(value, tmp_path):
+    source = small_network()
+    source.state_dict()["out_conv.weight"][0, 0, 0, 1] = value
+    torch.save(source.state_dict(), tmp_path / "model.pt")
+    for adapt in ((), ADAPTED):
+        with pytest.raises(InputError, match=r"model.pt: 1 of the 144 values of out_conv.weight are NaN or infinite"):
+            WeightsLoader(str(tmp_path / "model.pt"), small_network(), adapt)(Engine(lambda e, b: None))
+
+
+@pytest.mark.parametrize(
+    "change, remedy",
+    [
+        ({"channels": [16, 8, 8]}, "--channels [16,8,8]"),
+        ({"channels": [16, 16]}, "--channels [16,16]"),
+        ({"in_channels": 3, "out_channels": 1}, "--in_channels 3 --num_classes 1"),
+        ({"num_res_blocks": [1, 2]}, "--num_res_blocks [1,2]"),
+        ({"stem_stride": 2}, "--stem_stride 2"),
+        ({"attention_levels": [False, True], "num_head_channels": 4}, "--attention_levels [False,True]"),
+        ({"conditioning_levels": []}, "--conditioning_levels []"),
+        ({"use_ff_parser": False}, "--use_ff_parser False"),
+        ({"ff_size": [16, 24]}, "--roi_size [16,24]"),
+    ],
+    ids=str,
+)
+def test_weights_of_another_architecture_name_the_variables_to_set(change, remedy, tmp_path):
+    torch.save(small_network(**change).state_dict(), tmp_path / "model.pt")
+    with pytest.raises(InputError, match=r"model.pt: weights of another architecture") as error:
+        WeightsLoader(str(tmp_path / "model.pt"), small_network())(Engine(lambda e, b: None))
+    assert remedy in str(error.value) and "\n" not in str(error.value)
+    settings = re.search(r"set (.*), or give", str(error.value))[1]
+    arguments = {"num_classes": "out_channels", "roi_size": "ff_size"}
+    values = dict(pair.split(" ") for pair in settings.removeprefix("--").split(" --"))
+    values = {arguments.get(name, name): ast.literal_eval(value) for name, value in values.items()}
+    fitting = small_network(**{**change, **values})  # heads have no shape
+    WeightsLoader(str(tmp_path / "model.pt"), fitting)(Engine(lambda e, b: None))
+
+
+def test_pretrained_weights_of_another_field_filter_as_they_did(tmp_path, caplog):
+    """The frequencies of a signal of 8 are among those of one of 16."""
+    source, network = small_network(ff_size=8), small_network(ff_size=[16, 8])
+    torch.nn.init.normal_(source.fusions[0].ff_parser.weight)
+    torch.save(source.state_dict(), tmp_path / "model.pt")
+    with caplog.at_level("INFO"):
+        WeightsLoader(str(tmp_path / "model.pt"), network, ADAPTED)(Engine(lambda e, b: None))
+    (line,) = [r.getMessage() for r in caplog.records if "roi_size" in r.getMessage()]
+    assert "model.pt" in line and "from [8, 8] to [16, 8]" in line
+    found, expected = (net.fusions[0].ff_parser.frequency_map([8, 8]) for net in (network, source))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from medsegdiff_monai.errors import InputError
 from medsegdiff_monai.handlers import EnergyDistance
 from medsegdiff_monai.handlers.report import TrainingReport
 from medsegdiff_monai.inferers import ANTITHETIC
+from medsegdiff_monai.journal import CaseJournal, file_stamps
 from medsegdiff_monai.metrics import expected_calibration_error, generalised_energy_distance, rater_scores
 from medsegdiff_monai.outputs import OUTPUTS, check_outputs, output_files
 from medsegdiff_monai.pictures import overlay_bytes
@@ -140,24 +141,42 @@ def test_a_case_of_which_more_is_asked_for_is_not_finished(infer):
     assert second > first and (folder / "image_4_prob.nii.gz").is_file()
 
 
-def test_results_of_earlier_weights_are_not_finished(tmp_path):
-    """A run with other weights has renewed the mask alone; who asks for the rest gets that renewed."""
+def test_finished_cases_are_made_with_these_weights_and_settings(tmp_path, capsys):
     image = make_nifti_dataset(tmp_path, (6, 6, 6), cases=1) / "image_0.nii.gz"
     out, checkpoint = tmp_path / "out", tmp_path / "model.pt"
-    files = output_files(out, "image_0", ["prob", "members", "seg"])
-    files[0].parent.mkdir(parents=True)
-    (out / "cases.csv").write_text(f"case,source\nimage_0,{image}\n")
-    for time, file in enumerate((image, checkpoint, *files), start=1):
-        file.touch()
-        os.utime(file, (time, time))
+    checkpoint.write_bytes(b"weights")
 
-    def todo(outputs):
-        spec = DataSpec(3, 1, 2)
-        return len(inference_items("", spec, str(out), str(checkpoint), images=[str(image)], outputs=outputs))
+    def todo(**settings):
+        files = {"images": [str(image)], "outputs": "seg"}
+        return inference_items("", DataSpec(3, 1, 2), str(out), str(checkpoint), **files, settings=settings)
 
-    assert todo(["seg", "prob"]) == todo("seg") == 0 and todo(["seg", "overlay"]) == 1
-    os.utime(checkpoint, (3.5, 3.5))  # after prob, before the others
-    assert todo(["seg", "members"]) == 0 and todo(["seg", "prob"]) == 1
+    cases = todo(num_members=5)
+    assert len(cases) == 1 and capsys.readouterr().out == ""
+    for file in output_files(out, "image_0", ["seg"]):
+        file.parent.mkdir(parents=True)
+        nib.save(nib.Nifti1Image(np.zeros((6, 6, 6), np.uint8), np.eye(4)), file)
+    made_from = {"image": str(image), "stamps": file_stamps(str(image)), "settings": cases.settings}
+    CaseJournal(out).add("image_0", {"case": "image_0"}, ["seg.nii.gz"], made_from)
+
+    assert len(todo(num_members=5)) == 0 and "1 of 1 cases are finished" in capsys.readouterr().out
+    os.utime(checkpoint, (1, 1))  # the same weights
+    assert len(todo(num_members=5)) == 0
+    capsys.readouterr()
+    assert len(todo(num_members=9)) == 1
+    assert (
+        "1 of 1 cases are segmented again: their results are of other settings (num_members)."
+        in capsys.readouterr().out
+    )
+    checkpoint.write_bytes(b"other weights")
+    assert len(todo(num_members=5)) == 1 and "(checkpoint)" in capsys.readouterr().out
+
+
+def test_what_a_run_does_not_write_is_removed_with_the_mask_it_belonged_to(infer, capsys):
+    folder = infer(outputs=["seg", "prob", "overlay"])
+    infer(outputs=["seg"])  # nothing is segmented, all belongs together
+    assert names(folder) == {"seg.nii.gz", "prob.nii.gz", "overlay.png"}
+    infer(outputs=["seg", "overlay"], seed=1)
+    assert names(folder) == {"seg.nii.gz", "overlay.png"} and "image_4_prob.nii.gz: was removed" in capsys.readouterr().out
 
 
 # --- several raters
@@ -315,7 +334,7 @@ def panels(monkeypatch, **settings: Any) -> list[str]:
     label = np.zeros((1, 12, 10), np.uint8)
     label[0, 3:6, 3:6] = 1
     arguments = {"prediction": label, "uncertainty": label * 0.5, "truth": None, "affine": np.eye(4)}
-    picture = overlay_bytes(np.zeros((1, 12, 10)), **{**arguments, **settings}, names=["class"], title="case")
+    picture = overlay_bytes(np.zeros((1, 12, 10)), **{**arguments, **settings}, names={1: "class"}, title="case")
     assert picture.startswith(b"\x89PNG")
     return shown
 

@@ -78,7 +78,8 @@ def test_holds_the_bundle_and_this_code_and_nothing_else(root, tmp_path, capsys)
     folder, archive = map(Path, capsys.readouterr().out.split())
     assert (folder, archive) == (tmp_path / "dist" / NAME, tmp_path / "dist" / f"{NAME}_v{__version__}.zip")
     files = contents(folder)
-    code = {p.relative_to(ROOT).as_posix() for p in (ROOT / "medsegdiff_monai").rglob("*.py")}
+    parts = [p for kind in ("*.py", "*.html") for p in (ROOT / "medsegdiff_monai").rglob(kind)]
+    code = {p.relative_to(ROOT).as_posix() for p in parts}
     own = {f"{part}/{name}" for part in ("configs", "docs") for name in contents(root / part) if ".swp" not in name}
     assert set(files) == code | own | {"LICENSE", "models/model.pt"}
     for name in code | own - {"configs/metadata.json", "docs/README.md"}:

@@ -287,7 +287,13 @@ def test_raters_of_other_programs_are_stacked(tmp_path):
     maps = [(rng.random((6, 7, 5)) > 0.5).astype(np.uint8) for _ in range(3)]
     nib.save(nib.Nifti1Image(maps[0], OBLIQUE), tmp_path / "0.nii.gz")
     nib.save(nib.Nifti1Image(maps[1], OBLIQUE + 1e-4), tmp_path / "1.nii.gz")
-    itk.imwrite(itk.image_from_array(np.ascontiguousarray(maps[2].T)), str(tmp_path / "2.nrrd"))
+    image = itk.image_from_array(np.ascontiguousarray(maps[2].T))
+    lps = np.diag([-1.0, -1, 1, 1]) @ OBLIQUE
+    size = np.sqrt((lps[:3, :3] ** 2).sum(0))
+    image.SetSpacing(size)
+    image.SetOrigin(lps[:3, 3])
+    image.SetDirection(lps[:3, :3] / size)
+    itk.imwrite(image, str(tmp_path / "2.nrrd"))
     files = [str(tmp_path / name) for name in ("0.nii.gz", "1.nii.gz", "2.nrrd")]
     for some in (files[:2], files[::2]):
         with pytest.raises((RuntimeError, TypeError)):

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -41,15 +42,16 @@ def test_each_epoch_has_the_randomness_of_its_number_alone(workers, bundle, volu
         torch.testing.assert_close(one[part], other[part], rtol=0, atol=0)
 
 
-def start(folder: Path, data: Path, epochs: int, *more: str) -> subprocess.Popen:
-    """Start a training as one would type it, with its results in a folder."""
+def start(folder: Path, data: Path, epochs: int, *more: str, through: Sequence[str] = ()) -> subprocess.Popen:
+    """Start a training as one would type it, with its results in a folder; or through code that gets the command."""
     variables = {k: v for k, v in {**TINY, **PICTURE_SETTINGS}.items() if k != "num_members" and v is not None}
     variables |= {
         "bundle_root": ROOT / "bundle", "dataset_dir": data, "output_dir": folder / "train",
         "ckpt_dir": folder / "models", "max_epochs": epochs, "val_interval": 2, "patience": 50, "spacing": "$None",
         "device": "cpu",
     }  # fmt: skip
-    command = [sys.executable, "-m", "monai.bundle", "run", "training", "--config_file", str(CONFIGS / "train.json")]
+    python = ["-c", *through] if through else ["-m"]
+    command = [sys.executable, *python, "monai.bundle", "run", "training", "--config_file", str(CONFIGS / "train.json")]
     for name, value in variables.items():
         command += [f"--{name}", str(value)]
     folder.mkdir(exist_ok=True)

@@ -15,6 +15,7 @@ from monai.bundle import ConfigParser
 from PIL import Image
 
 from medsegdiff_monai.__main__ import segment
+from medsegdiff_monai.configs import read_config
 from medsegdiff_monai.errors import InputError
 
 from .conftest import CONFIGS, OBLIQUE, PICTURE_SETTINGS, ROOT, VOLUME_SETTINGS, blob
@@ -94,12 +95,22 @@ def test_dicom_series_is_one_volume(tmp_path):
     np.testing.assert_allclose(result.affine, expected_affine(volume), atol=1e-3)
 
 
-@pytest.mark.parametrize("suffix", ["png", "jpg", "bmp"])
+@pytest.mark.parametrize("suffix", ["png", "jpg", "bmp", "tif"])
 def test_pictures_that_are_not_square(suffix, tmp_path):
     image = blob((20, 31), np.random.default_rng(0))[0].clip(0, 255).astype(np.uint8)
     Image.fromarray(image).convert("RGB").save(tmp_path / f"photo.{suffix}")
     out = run_segment(tmp_path, tmp_path / f"photo.{suffix}", **PICTURE_SETTINGS)
     assert Image.open(out / "photo" / "photo_seg.png").size == (31, 20)
+
+
+def test_results_lie_on_a_turned_photograph_as_a_viewer_shows_it(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    image = blob((20, 31), np.random.default_rng(0))[0].clip(0, 255).astype(np.uint8)
+    Image.fromarray(image).save(tmp_path / "photo.jpg", exif=exif)
+    out = run_segment(tmp_path, tmp_path / "photo.jpg", **PICTURE_SETTINGS)
+    assert Image.open(out / "photo" / "photo_seg.png").size == (20, 31)
+    assert nib.load(out / "photo" / "photo_seg.nii.gz").shape == (20, 31)
 
 
 def test_a_marked_corner_stays_where_it_is(tmp_path):
@@ -159,7 +170,7 @@ def test_two_files_of_one_name_do_not_overwrite_each_other(tmp_path):
 
 
 def test_mistyped_variables_are_refused(tmp_path):
-    with pytest.raises(InputError, match=r"num_membrs: is no variable of .*inference\.json"):
+    with pytest.raises(InputError, match=r"num_membrs: is no variable of inference\.json.* did you mean num_members\?"):
         run_segment(tmp_path, tmp_path / "scan.nii.gz", num_membrs=3)
     assert not (tmp_path / "out").exists()
 
@@ -168,8 +179,23 @@ def test_parts_of_variables_overlays_and_options_of_the_run_are_passed_on(tmp_pa
     run = create_autospec(monai.bundle.run)
     monkeypatch.setattr(monai.bundle, "run", run)
     overlay = tmp_path / "overlay.json"
-    overlay.write_text('{"variable_of_the_overlay": 3}')
+    overlay.write_text('{"_variable_of_the_overlay": 3}')
     configs = [str(CONFIGS / "inference.json"), str(overlay)]
-    more = {"logging_file": "log.conf", "variable_of_the_overlay": 2, "scheduler::_target_": "Other", "inferer#seed": 1}
+    sampler = "medsegdiff_monai.schedulers.DDIMScheduler"
+    more = {"logging_file": "log", "_variable_of_the_overlay": 2, "scheduler::_target_": sampler, "inferer#seed": 1}
     segment("scan.nii.gz", output_dir="out", bundle_root=str(ROOT / "bundle"), config_file=configs, **more)
     assert run.call_args.kwargs.items() >= {"config_file": configs, "images": ["scan.nii.gz"], **more}.items()
+
+
+@pytest.mark.parametrize("name", ["scan#2", "$scan", "@scan", "%scan", "a::b", "a,b", "2024_01"])
+def test_names_that_mean_something_to_monai(name, tmp_path, monkeypatch):
+    """Files and folders are what they are called, and None is not left out."""
+    monkeypatch.chdir(tmp_path)
+    itk.imwrite(itk_volume((9, 8, 7)), "scan.mha")
+    Path("scan.mha").rename(f"{name}.mha")
+    settings = {**NETWORK, **VOLUME_SETTINGS, "bundle_root": str(ROOT / "bundle")}
+    network = read_config(CONFIGS / "inference.json", **settings).get_parsed_content("network_def")
+    torch.save(network.state_dict(), f"{name}.pt")
+    segment(f"{name}.mha", output_dir=f"{name} out", checkpoint=f"{name}.pt", **settings)
+    (mask,) = Path(f"{name} out").glob("*/*_seg.nii.gz")
+    assert nib.load(mask).shape == (9, 8, 7)

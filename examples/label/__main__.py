@@ -5,11 +5,10 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from pathlib import Path
-
-import fire
 
 from medsegdiff_monai.errors import show_input_errors_plainly
 
@@ -29,7 +28,7 @@ def main(
         bundle: folder of the bundle to serve; by default the one of this repository.
         port: port to listen on.
     """
-    folder = Path(str(work))
+    folder = Path(work)
     command = server_command(folder, studies or folder / "studies", app, port, bundle)
     if not studies:
         write_demo_studies(folder / "studies")
@@ -40,6 +39,15 @@ def main(
     os.execve(command[0], command, server_environment(folder))  # so that a signal reaches the server itself
 
 
+def parse() -> dict[str, str | int]:
+    """The options that were given, as they were typed."""
+    parser = argparse.ArgumentParser("python -m examples.label", argument_default=argparse.SUPPRESS)
+    for name in ("studies", "work", "app", "bundle"):
+        parser.add_argument(f"--{name}")
+    parser.add_argument("--port", type=int)
+    return vars(parser.parse_args())
+
+
 if __name__ == "__main__":
     show_input_errors_plainly()
-    fire.Fire(main)
+    main(**parse())

@@ -101,8 +101,12 @@ def measure(
     split: str,
     digest: str,
     raters: Mapping[str, MetaTensor] | None = None,
+    ignore_label: int | None = None,
 ) -> CaseFacts:
-    """Measure a case that has passed the checks; where it has no label, its raters together stand for one."""
+    """Measure a case that has passed the checks; where it has no label, its raters together stand for one.
+
+    What nobody has labelled, ``ignore_label``, counts as background.
+    """
     dims = image.ndim - 1
     axes = list(range(dims))
     affine = to_affine_nd(3, image.affine).numpy()
@@ -111,8 +115,12 @@ def measure(
         axes = np.argsort(nib.io_orientation(affine)[:, 0]).tolist()
     voxels: dict[int, float] | None = None
     foreground = None
-    drawn = {file: rater.numpy()[0] for file, rater in (raters or {}).items()}
-    maps = list(drawn.values()) if label is None else [label.numpy()[0]]
+
+    def known(one: MetaTensor) -> np.ndarray:
+        return one.numpy()[0] if ignore_label is None else np.where(one.numpy()[0] == ignore_label, 0, one.numpy()[0])
+
+    drawn = {file: known(rater) for file, rater in (raters or {}).items()}
+    maps = list(drawn.values()) if label is None else [known(label)]
     if maps:
         inside = image.numpy()[:, np.any([one != 0 for one in maps], axis=0)]
         foreground = np.percentile(inside, PERCENTILES, axis=1).T if inside.size else None
@@ -236,7 +244,9 @@ def _intensity_range(found: Mapping[str, Any]) -> list[float] | None:
     return [round(low - margin), round(high + margin)]
 
 
-def propose(found: Mapping[str, Any], regions: Mapping[str, Sequence[int]], folder: Path) -> dict[str, Any]:
+def propose(
+    found: Mapping[str, Any], regions: Mapping[str, Sequence[int]], folder: Path, ignore_label: int | None = None
+) -> dict[str, Any]:
     """Config variables for a data set on this machine.
 
     2D images are resized whole, volumes cropped to patches at the median spacing. On a CPU, images and patches are
@@ -246,6 +256,7 @@ def propose(found: Mapping[str, Any], regions: Mapping[str, Sequence[int]], fold
         found: the fingerprint.
         regions: the mask channels.
         folder: the data set.
+        ignore_label: value of voxels that nobody has labelled, where there are any.
 
     Returns:
         An overlay of ``train.json``, ``evaluate.json`` and ``inference.json``.
@@ -272,6 +283,7 @@ def propose(found: Mapping[str, Any], regions: Mapping[str, Sequence[int]], fold
         "in_channels": found["channels"],
         "num_classes": len(regions),
         "regions": {name: list(values) for name, values in regions.items()},
+        **({} if ignore_label is None else {"ignore_label": ignore_label}),
         "spacing": None if dims == 2 else spacing,
         "intensity_range": _intensity_range(found),
         "fit": "resize" if dims == 2 else "crop",

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import math
 import os
-import re
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -16,95 +14,60 @@ from xml.parsers import expat
 
 import nibabel as nib
 import numpy as np
-from monai.data import MetaTensor
+import torch
+from monai.data import ImageReader, MetaTensor, NibabelReader
 from monai.transforms import Compose, EnsureChannelFirst, LoadImage
-from PIL import Image
+from monai.utils import MetaKeys, ensure_tuple
+from nibabel.openers import ImageOpener
 
-from ..errors import InputError
+from ..errors import InputError, reading
+from .bounds import MAX_INFLATION, check_size, inside, memory_bytes
+from .dicom import check_series, is_dicom_file, read_series
+from .itk_files import ITK_FILES, ItkReader, check_itk
+from .pictures import PICTURES, PictureReader, check_picture, label_values
 
 __all__ = [
+    "FileReader",
     "check_header",
     "files_below",
     "inside",
     "load_image",
+    "load_label",
     "memory_bytes",
-    "open_picture",
-    "picture_values",
+    "open_nifti",
     "read_json",
     "read_xml",
     "reading",
 ]
 
 MAX_TEXT_BYTES = 64 * 2**20  # of a JSON or XML file
-MAX_INFLATION = 1100  # a deflated byte holds at most 1032
-MAX_HEADER_BYTES = 2**16  # of a NRRD or MetaImage
-MAX_PIXELS = 89_478_485  # of a picture; Pillow warns above
-MEMORY_SHARE = 4  # an image as float64 may fill one part in so many of the memory
 NIFTI = (".nii", ".nii.gz")
-PICTURES = (".png", ".jpg", ".jpeg", ".bmp")
-ITK_FILES = (".nrrd", ".mha", ".mhd")
-META_FIELDS = {  # of a MetaImage: numbers that each holds, as a power of the number of axes
-    b"DimSize": 1,
-    b"ElementSpacing": 1,
-    b"ElementSize": 1,
-    b"Offset": 1,
-    b"Position": 1,
-    b"Origin": 1,
-    b"CenterOfRotation": 1,
-    b"TransformMatrix": 2,
-    b"Rotation": 2,
-    b"Orientation": 2,
-}
 IMAGE_SUFFIXES = (*NIFTI, *PICTURES, *ITK_FILES)
 
 
-@contextmanager
-def reading(path: str | Path) -> Iterator[None]:
-    """Turn whatever a reader raises into one sentence that names the file.
+def files_below(folder: Path, above: frozenset[str] = frozenset()) -> list[Path]:
+    """All files below a folder, sorted, without hidden ones (``.DS_Store``, ``._*``) and ``__MACOSX``.
+
+    Links to folders are followed, but for those that lead back to a folder that they lie in.
+
+    Args:
+        folder: folder.
+        above: real paths of the folders that it was reached through.
 
     Raises:
-        InputError: in place of any other exception.
+        InputError: for a folder that cannot be read.
     """
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:  # readers raise whatever they like; the file is what matters
-        reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
-        raise InputError(
-            f"{path}: cannot be read ({reason[-1][:200]}): replace the file, it may be truncated."
-        ) from error
-
-
-def memory_bytes() -> int:
-    """Physical memory of the machine, in bytes; 16 GiB where the system does not tell (Windows)."""
-    if not hasattr(os, "sysconf"):
-        return 16 * 2**30
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def files_below(folder: Path) -> list[Path]:
-    """All files below a folder, sorted, without hidden ones (``.DS_Store``, ``._*``) and ``__MACOSX``."""
-    found = []
-    for root, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "__MACOSX")
-        found += [Path(root, name) for name in sorted(files) if not name.startswith(".")]
+    here = os.path.realpath(folder)
+    if here in above:
+        return []
+    with reading(folder):
+        names = sorted(name for name in os.listdir(folder) if not name.startswith(".") and name != "__MACOSX")
+    paths = [Path(folder, name) for name in names]
+    found = [path for path in paths if not path.is_dir()]
+    for path in paths:
+        if path.is_dir():
+            found += files_below(path, above | {here})
     return found
-
-
-def inside(folder: Path, name: Any) -> Path:
-    """The file that a table or list names, which must lie below ``folder``.
-
-    Raises:
-        InputError: for a path that leads elsewhere.
-    """
-    if not isinstance(name, str) or not name or "\0" in name:
-        raise InputError(f"{folder}: {str(name)[:100]!r} is no file name: correct the list.")
-    base = os.path.abspath(folder)
-    path = os.path.abspath(os.path.join(base, name))
-    if not path.startswith(base + os.sep):
-        raise InputError(f"{folder}: the path {name[:200]!r} leads out of the folder: give paths inside it.")
-    return Path(path)
 
 
 def _bounded_bytes(path: Path) -> bytes:
@@ -116,6 +79,15 @@ def _bounded_bytes(path: Path) -> bytes:
     return content
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of a JSON file, of which the parser would keep the last value of each key."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"the key {twice[:100]!r} is there twice")
+    return found
+
+
 def read_json(path: Path) -> Any:
     """Read a JSON file of bounded size.
 
@@ -124,7 +96,7 @@ def read_json(path: Path) -> Any:
     """
     content = _bounded_bytes(path)
     try:
-        return json.loads(content.decode("utf-8-sig"))
+        return json.loads(content, object_pairs_hook=_unique)  # in whichever UTF
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: is not JSON ({error}): correct it.") from error
 
@@ -147,103 +119,33 @@ def read_xml(path: Path) -> ElementTree.Element:
         return ElementTree.fromstring(content)
 
 
-def _check_size(path: Path, shape: Sequence[int], item_bytes: int, available: float) -> None:
-    """Refuse an image that claims more voxels than its file or the memory can hold."""
-    if not shape or min(shape) < 1:
-        raise InputError(f"{path}: claims the size {list(shape)}: replace the file, its header is damaged.")
-    voxels = math.prod(int(n) for n in shape)
-    if voxels * item_bytes > available:
-        raise InputError(
-            f"{path}: claims {list(shape)} voxels, more than the file can hold: replace it, it is truncated or forged."
-        )
-    if voxels * 8 > memory_bytes() // MEMORY_SHARE:
-        raise InputError(
-            f"{path}: {list(shape)} voxels need {voxels * 8 / 2**30:.1f} GiB, more than a quarter of the memory: "
-            "crop or resample the image."
-        )
+def open_nifti(path: str | Path) -> Any:
+    """Open a NIfTI file; its voxels are not yet read.
+
+    nibabel knows suffixes in lower and upper case, and takes others for those of a file that is not there.
+    """
+    suffix = "".join(Path(path).suffixes)
+    if suffix in (suffix.lower(), suffix.upper()):
+        return nib.load(path)
+    with ImageOpener(str(path)) as file:
+        header = file.read(4)
+    kind = nib.Nifti2Image if header in (b"\x1c\x02\0\0", b"\0\0\x02\x1c") else nib.Nifti1Image
+    return kind.from_file_map(kind.make_file_map({"image": str(path)}))
 
 
 def _check_nifti(path: Path) -> None:
-    header: Any = nib.load(path).header
+    header: Any = open_nifti(path).header
     size = path.stat().st_size
     packed = path.name.lower().endswith(".gz")
     available = size * MAX_INFLATION if packed else size - header.get_data_offset()
-    _check_size(path, header.get_data_shape(), header.get_data_dtype().itemsize, available)
-
-
-def _picture(path: Path) -> Image.Image:
-    """Open a picture: its size is checked, its pixels are not yet read."""
-    image = Image.open(path, formats=("PNG", "JPEG", "BMP"))
-    if image.width * image.height > MAX_PIXELS:
-        raise InputError(
-            f"{path}: claims {image.width} x {image.height} pixels, the limit is {MAX_PIXELS}: "
-            "it may be a decompression bomb; replace it."
-        )
-    return image
-
-
-def _detached_data(path: Path) -> str | None:
-    """The file that holds the voxels of a NRRD or MetaImage, as the header names it; None where they follow it."""
-    with path.open("rb") as file:
-        head = file.read(MAX_HEADER_BYTES)
-    if path.suffix.lower() == ".nrrd":
-        found = re.search(rb"^data ?file:[ \t]*(.*)$", head, re.M | re.I)
-        return found[1].strip().decode("utf-8", "replace") if found else None
-    found = re.match(rb"((?:[ \t]*\w+[ \t]*=[\t\x20-\x7e]{0,1000}\r?\n)*?)ElementDataFile[ \t]*=(.*)", head)
-    fields = dict(line.split(b"=", 1) for line in found[1].splitlines()) if found else {}
-    lengths = {key.strip(): len(value.split()) for key, value in fields.items()}
-    axes = lengths.get(b"DimSize", 0)
-    wrong = [key for key, power in META_FIELDS.items() if lengths.get(key, axes**power) != axes**power]
-    if (
-        found is None
-        or wrong
-        or next((v.strip() for k, v in fields.items() if k.strip() == b"NDims"), b"") != b"%d" % axes
-    ):
-        raise InputError(f"{path}: its header is damaged: replace the file.")  # ITK's parser would write out of bounds
-    name = found[2].strip().decode("utf-8", "replace")
-    return None if name == "LOCAL" else name
-
-
-def _check_itk(path: Path) -> None:
-    import itk  # slow to import, needed for few files
-
-    name = _detached_data(path)
-    data = path if name is None else inside(path.parent, name)
-    shape, item_bytes = _itk_shape(path, itk)
-    _check_size(path, shape, item_bytes, data.stat().st_size * MAX_INFLATION)
-
-
-def _itk_shape(path: Path, itk: Any) -> tuple[list[int], int]:
-    header = itk.ImageIOFactory.CreateImageIO(str(path), itk.CommonEnums.IOFileMode_ReadMode)
-    if header is None:
-        raise InputError(f"{path}: is no image of its kind: replace the file, it may be truncated.")
-    header.SetFileName(str(path))
-    header.ReadImageInformation()
-    shape = [int(header.GetDimensions(i)) for i in range(header.GetNumberOfDimensions())]
-    return shape, header.GetNumberOfComponents() * header.GetComponentSize()
-
-
-def _check_series(folder: Path) -> None:
-    import itk
-
-    names = itk.GDCMSeriesFileNames.New()
-    names.SetUseSeriesDetails(True)
-    names.SetDirectory(str(folder))
-    series = names.GetSeriesUIDs()
-    if len(series) != 1:
-        raise InputError(f"{folder}: holds {len(series)} DICOM series: give a folder with exactly one.")
-    files = [Path(name) for name in names.GetFileNames(series[0])]
-    for file in files:
-        shape, item_bytes = _itk_shape(file, itk)
-        _check_size(file, shape, item_bytes, file.stat().st_size * MAX_INFLATION)
-    _check_size(folder, [*shape[:2], len(files)], item_bytes, math.inf)
+    check_size(path, header.get_data_shape(), header.get_data_dtype().itemsize, available)
 
 
 def check_header(path: str | Path) -> None:
     """Refuse, before any memory is taken, an image whose header claims what its file or the memory cannot hold.
 
     Args:
-        path: NIfTI, PNG, JPEG, BMP, NRRD, MHA, MHD, or the folder of a DICOM series.
+        path: NIfTI, PNG, JPEG, BMP, TIFF, NRRD, MHA, MHD, or the folder of a DICOM series.
 
     Raises:
         InputError: for that, for a missing or unreadable file, and for other formats.
@@ -254,56 +156,119 @@ def check_header(path: str | Path) -> None:
         if not path.exists():
             raise InputError(f"{path}: no such file: correct the path in the data list, or add the file.")
         if path.is_dir():
-            _check_series(path)
+            check_series(path)
         elif name.endswith(NIFTI):
             _check_nifti(path)
         elif name.endswith(PICTURES):
-            _picture(path).close()
+            check_picture(path)
         elif name.endswith(ITK_FILES):
-            _check_itk(path)
+            check_itk(path)
         else:
-            raise InputError(f"{path}: is of no kind that is read ({', '.join(IMAGE_SUFFIXES)}, DICOM folder).")
+            remedy = "; give the folder of its series" if is_dicom_file(path) else ""
+            raise InputError(f"{path}: is of no kind that is read ({', '.join(IMAGE_SUFFIXES)}, DICOM folder){remedy}.")
 
 
-class _Loader(threading.local):
-    """One loader for each thread: MONAI's ``NibabelReader`` keeps the file names of the image that it reads."""
+class _NiftiReader(NibabelReader):
+    """MONAI's reader of NIfTI, for suffixes in any mixture of cases too, such as ``.Nii.Gz``.
 
-    def __init__(self) -> None:
-        self.load = Compose([LoadImage(image_only=True), EnsureChannelFirst()], map_items=False)
+    An image lies where nibabel and viewers see it. (MONAI takes the qform, and where that is not set no direction at
+    all, in place of an sform whose voxels are not exactly those of ``pixdim``.)
+    """
+
+    def read(self, data: Any, **kwargs: Any) -> Any:
+        self.filenames = ensure_tuple(data)
+        images = [open_nifti(name) for name in self.filenames]
+        return images if len(images) > 1 else images[0]
 
 
-_loader = _Loader()
+class FileReader(ImageReader):
+    """The reader of all kinds of files that are read here, for :class:`monai.transforms.LoadImaged`.
+
+    ``LoadImaged`` tries other readers where ``read`` raises; therefore files are read in ``get_data``, so that what is
+    refused stays refused.
+
+    Args:
+        channels: of the network, see :class:`medsegdiff_monai.data.pictures.PictureReader`.
+    """
+
+    def __init__(self, channels: int | None = None) -> None:
+        self.channels = channels
+
+    def verify_suffix(self, filename: Any) -> bool:
+        """All suffixes are taken: what cannot be read is refused."""
+        return True
+
+    def read(self, data: Any, **kwargs: Any) -> Any:
+        """Return the names of the files."""
+        return data
+
+    def get_data(self, img: Any) -> tuple[np.ndarray, dict]:
+        """Read a file, or several as channels, and return array and metadata.
+
+        Raises:
+            InputError: where one cannot be read.
+        """
+        files = [str(file) for file in ensure_tuple(img)]
+        if all(os.path.isdir(file) for file in files):
+            return read_series(files)
+        for file in files:
+            check_header(file)
+        with reading(files[0]):
+            reader = self._reader(Path(files[0]))
+            return reader.get_data(reader.read(files if len(files) > 1 else files[0]))
+
+    def _reader(self, path: Path) -> ImageReader:
+        name = path.name.lower()
+        if name.endswith(NIFTI):
+            return _NiftiReader()
+        return PictureReader(self.channels) if name.endswith(PICTURES) else ItkReader()
 
 
-def load_image(path: str | Path | Sequence[str]) -> MetaTensor:
+@cache
+def _loader(channels: int | None = None) -> Compose:
+    return Compose([LoadImage(FileReader(channels), image_only=True), EnsureChannelFirst()], map_items=False)
+
+
+def load_image(path: str | Path | Sequence[str], channels: int | None = None) -> MetaTensor:
     """Read an image as (channels, *spatial), after :func:`check_header`; several files become the channels.
+
+    Args:
+        path: the file, or files.
+        channels: of the network, where it is known; pictures of equal channels count as grey unless there are three.
 
     Raises:
         InputError: where a file is missing, cannot be read or claims too much.
     """
     files = [str(path)] if isinstance(path, (str, Path)) else list(path)
-    for file in files:
-        check_header(file)
     with reading(files[0]):
-        return _loader.load(files if len(files) > 1 else files[0])
+        return _loader(channels)(files if len(files) > 1 else files[0])
 
 
-def open_picture(path: Path) -> Image.Image:
-    """Read a PNG, JPEG or BMP of bounded size, pixels included.
+def image_spacing(path: str | Path | Sequence[str], image: MetaTensor) -> tuple[list[float], str]:
+    """Return the spacing of an image's voxels, one number for each axis, and its unit: ``mm``, or ``px`` for pictures.
+
+    Pictures carry no spacing that could be relied on: theirs is 1.
+
+    Args:
+        path: the file, or files.
+        image: what was read from it, (channels, *spatial).
+    """
+    dims = image.ndim - 1
+    file = str(path) if isinstance(path, (str, Path)) else path[0]
+    if file.lower().endswith(PICTURES):
+        return [1.0] * dims, "px"
+    return [float(step) for step in image.pixdim[:dims]], "mm"
+
+
+def load_label(path: str | Path) -> MetaTensor:
+    """Read a label map as (channels, *spatial), one channel where it is sound, after :func:`check_header`.
 
     Raises:
-        InputError: where it cannot be read or is too large.
+        InputError: where it is missing, cannot be read, or is a picture of something else than labels.
     """
-    with reading(path):
-        image = _picture(path)
-        image.load()
-    return image
-
-
-def picture_values(path: Path) -> np.ndarray:
-    """Read a mask saved as a picture: (rows, columns), the grey values of grey, palette and colour pictures.
-
-    Raises:
-        InputError: where it cannot be read.
-    """
-    return np.asarray(open_picture(path).convert("L"))
+    if not str(path).lower().endswith(PICTURES):
+        return load_image(path)
+    check_header(path)
+    values = label_values(path)
+    meta = {MetaKeys.SPATIAL_SHAPE: np.array(values.shape[::-1]), "filename_or_obj": str(path)}
+    return MetaTensor(torch.from_numpy(values.T.astype(np.float32))[None], meta=meta)

@@ -6,29 +6,27 @@ import hashlib
 import json
 import os
 import re
+import shlex
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import numpy as np
-import torch
 from monai.data import MetaTensor
 from tqdm import tqdm
 
 from ..errors import InputError
-from ..files import write_atomically
+from ..files import write_atomically, writing
 from ..settings import as_bool
-from .checks import SHOWN, rater_files, same_affine
+from .entries import DataList, Entry, first_file, read_data_list
 from .fingerprint import CaseFacts, fingerprint, measure, propose
-from .reading import inside, load_image, read_json
+from .rules import SHOWN, no_label, read_case
 
 __all__ = ["Report", "check", "inspect_dataset"]
 
-SPLITS = ("training", "validation", "test")
-MAX_LABELS = 256  # more values than this are no label map
 PROPERTY = {"dims": "spatial axes", "channels": "channels"}
 
 
@@ -49,17 +47,6 @@ class Report:
     overlay: dict[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One case of the data list."""
-
-    split: str
-    images: tuple[Path, ...]
-    label: Path | None
-    group: str | None
-    raters: tuple[Path, ...] = ()
-
-
 def check(dataset: str, write: str | None = None, strict: bool | str = False) -> None:
     """Check a data set in Decathlon layout, print all faults and a fingerprint, and propose the config variables.
 
@@ -72,6 +59,7 @@ def check(dataset: str, write: str | None = None, strict: bool | str = False) ->
     Raises:
         InputError: after the report, if there are errors.
     """
+    target = None if write is None else _overlay_file(write)
     report = inspect_dataset(dataset)
     if as_bool(strict):
         report.errors, report.warnings = report.errors + report.warnings, []
@@ -84,13 +72,31 @@ def check(dataset: str, write: str | None = None, strict: bool | str = False) ->
     print(f"{dataset}: {len(report.errors)} errors, {len(report.warnings)} warnings")
     if report.errors:
         raise InputError(f"{dataset}: {len(report.errors)} errors, listed above: correct them.")
-    if write is not None:
-        file = Path(write)
+    if target is not None:
+        _write(report, target)
+
+
+def _overlay_file(write: str) -> Path:
+    """The file to write the overlay to: of JSON, if it has an ending."""
+    file = Path(write)
+    if file.is_dir():
+        raise InputError(f"write={write!r} is a folder: give a file, such as {file / 'overlay.json'}.")
+    if file.suffix.lower() not in ("", ".json"):
+        raise InputError(f"write={write!r} must end in .json: give --write {file.stem or 'overlay'}.json.")
+    return file
+
+
+def _write(report: Report, file: Path) -> None:
+    facts = file.with_name(f"{file.stem}.fingerprint.json")
+    with writing(file):
         write_atomically(file, (json.dumps(report.overlay, indent=4) + "\n").encode())
-        facts = file.with_name(f"{file.stem}.fingerprint.json")
         write_atomically(facts, (json.dumps(report.fingerprint, indent=1) + "\n").encode())
-        print(f"Written: {file} and {facts}")
-        print(f"Next:    python -m monai.bundle run training --config_file \"['bundle/configs/train.json','{file}']\"")
+    print(f"Written: {file} and {facts}")
+    if not file.suffix:  # MONAI knows configs by their ending
+        print(f"Next:    rename {file} to {file}.json, then give it to a training")
+        return
+    configs = json.dumps(["bundle/configs/train.json", str(file)])
+    print(f"Next:    python -m monai.bundle run training --config_file {shlex.quote(configs)}")
 
 
 def inspect_dataset(dataset: str | Path) -> Report:
@@ -108,59 +114,22 @@ def inspect_dataset(dataset: str | Path) -> Report:
     folder = Path(dataset)
     if not folder.is_dir():
         raise InputError(f"dataset={str(dataset)!r} is no folder: give the folder that holds dataset.json.")
-    file = folder / "dataset.json"
-    if not file.is_file():
-        raise InputError(f"{file}: no such file: `prepare` writes one, from raw data of any kind.")
-    content = read_json(file)
-    if not isinstance(content, dict) or not isinstance(content.get("training"), list):
-        raise InputError(f"{file}: must hold an object with the list 'training'.")
+    data = read_data_list(folder)
     report = Report()
-    entries = _entries(content, file, report)
-    _check_paths(entries, report)
-    facts = _measure_all(entries, report)
+    report.errors += data.faults
+    report.errors += [no_label(e.image) for e in data.entries if e.split != "test" and not e.labels]
+    _check_paths(data.entries, report)
+    facts = _measure_all(data, report)
     if not facts:
-        report.errors.append(f"{file}: no case can be read.")
+        report.errors.append(f"{data.file}: no case can be read.")
         return report
     usual = _check_alike(facts, report)
-    regions = _regions(content, facts, file, report)
+    regions = _regions(data, facts, report)
     _check_content(facts, report)
     alike = [case for case in facts if (case.dims, case.channels) == usual]
     report.fingerprint = fingerprint(alike)
-    report.overlay = propose(report.fingerprint, regions, folder)
+    report.overlay = propose(report.fingerprint, regions, folder, data.ignore_label)
     return report
-
-
-def _entries(content: Mapping[str, Any], file: Path, report: Report) -> list[Entry]:
-    """The cases of a data list; what is no case becomes an error."""
-    entries = []
-    for split in SPLITS:
-        listed = content.get(split) or []
-        if not isinstance(listed, list):
-            report.errors.append(f"{file}: {split!r} must be a list of cases, not {type(listed).__name__}.")
-            continue
-        for i, entry in enumerate(listed):
-            try:
-                entries.append(_entry(entry, split, file))
-            except InputError as error:
-                report.errors.append(f"{split}[{i}]: {error}")
-            else:
-                if split != "test" and entries[-1].label is None and not entries[-1].raters:
-                    report.errors.append(
-                        f"{entries[-1].images[0]}: has no label in {split}: add it, or take the case out."
-                    )
-    return entries
-
-
-def _entry(entry: Any, split: str, file: Path) -> Entry:
-    entry = {"image": entry} if isinstance(entry, str) else entry
-    if not isinstance(entry, dict) or not entry.get("image"):
-        raise InputError(f"{file}: the entry {str(entry)[:100]!r} needs the key 'image'.")
-    images = entry["image"] if isinstance(entry["image"], list) else [entry["image"]]
-    label = inside(file.parent, entry["label"]) if "label" in entry else None
-    raters = tuple(inside(file.parent, name) for name in rater_files(entry, str(file)))
-    group = entry.get("patient", entry.get("cluster"))
-    files = tuple(inside(file.parent, i) for i in images)
-    return Entry(split, files, label, None if group is None else str(group)[:100], raters)
 
 
 def _across(report: Report, places: Mapping[Any, Sequence[tuple[str, str]]], what: str, leak_is_error: bool) -> None:
@@ -181,7 +150,8 @@ def _check_paths(entries: Sequence[Entry], report: Report) -> None:
     by_path: dict[Any, list[tuple[str, str]]] = defaultdict(list)
     by_group: dict[str, set[str]] = defaultdict(set)
     for entry in entries:
-        by_path[entry.images].append((entry.split, entry.images[0].name))
+        files = [entry.image] if isinstance(entry.image, str) else entry.image
+        by_path[tuple(map(os.path.realpath, files))].append((entry.split, Path(files[0]).name))
         if entry.group is not None:
             by_group[entry.group].add(entry.split)
     _across(report, by_path, "the same file is listed more than once", leak_is_error=True)
@@ -193,81 +163,36 @@ def _check_paths(entries: Sequence[Entry], report: Report) -> None:
         )
 
 
-def _measure_all(entries: Sequence[Entry], report: Report) -> list[CaseFacts]:
-    def attempt(entry: Entry) -> tuple[CaseFacts | None, list[str]]:
-        faults: list[str] = []
-        return _read_case(entry, faults), faults
+def _measure_all(data: DataList, report: Report) -> list[CaseFacts]:
+    def attempt(entry: Entry, channels: int | None = None) -> tuple[CaseFacts | None, list[str]]:
+        case = read_case(entry.item(), channels=channels)
+        if case.faults or case.image is None:
+            return None, case.faults
+        return _facts(entry, case.image, case.labels, data.ignore_label), []
 
+    entries = data.entries
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         done = list(tqdm(pool.map(attempt, entries), total=len(entries), desc="Check", disable=len(entries) < 20))
+    if {(2, 1), (2, 3)} <= {(facts.dims, facts.channels) for facts, _ in done if facts is not None}:
+        # a network of three channels reads grey pictures as colours
+        grey = [facts is not None and facts.channels == 1 for facts, _ in done]
+        done = [attempt(entry, 3) if again else one for entry, one, again in zip(entries, done, grey)]
     report.errors += [fault for _, faults in done for fault in faults]
     return [facts for facts, _ in done if facts is not None]
 
 
-def _load(path: Path | Sequence[str], faults: list[str]) -> MetaTensor | None:
-    try:
-        return load_image(path)
-    except InputError as error:
-        faults.append(str(error))
-        return None
-
-
-def _read_case(entry: Entry, faults: list[str]) -> CaseFacts | None:
-    """Measure a case; what is wrong with it goes to ``faults``, and None is returned where it cannot be measured."""
-    before = len(faults)
-    image = _load([str(path) for path in entry.images], faults)
-    paths = [*([] if entry.label is None else [entry.label]), *entry.raters]
-    maps = {path: _load(path, faults) for path in paths}
-    if image is None or len(faults) > before:
-        return None
-    loaded = {path: one for path, one in maps.items() if one is not None}
-    faults += _image_faults(image, entry.images[0])
-    for path, one in loaded.items():
-        faults += _label_faults(one, path, image)
-    if len(faults) > before:
-        return None
-    digest = hashlib.blake2b(np.ascontiguousarray(image.numpy()).tobytes() + str(tuple(image.shape)).encode())
+def _facts(entry: Entry, image: MetaTensor, labels: dict[str, MetaTensor], ignore_label: int | None) -> CaseFacts:
+    content = np.ascontiguousarray(image.numpy()).tobytes() + str(tuple(image.shape)).encode()
     return measure(
         image,
-        None if entry.label is None else loaded[entry.label],
-        str(entry.images[0]),
-        str(entry.label or ""),
+        None if entry.label is None else labels[entry.label],
+        first_file(entry.image),
+        entry.label or "",
         entry.split,
-        digest.hexdigest(),
-        {str(path): loaded[path] for path in entry.raters},
+        hashlib.blake2b(content).hexdigest(),
+        {path: labels[path] for path in entry.raters},
+        ignore_label,
     )
-
-
-def _image_faults(image: MetaTensor, path: Path) -> list[str]:
-    faults = []
-    dims = image.ndim - 1
-    if dims not in (2, 3):
-        faults.append(f"{path}: has {dims} spatial axes: 2 and 3 are supported.")
-    bad = int((~torch.isfinite(image.as_tensor())).sum())
-    if bad:
-        faults.append(f"{path}: {bad} voxels are NaN or infinite: replace them, for instance by 0.")
-    affine = image.affine.numpy()
-    if not np.isfinite(affine).all() or abs(np.linalg.det(affine)) < 1e-12:
-        faults.append(f"{path}: its affine has no inverse (determinant 0): write the geometry anew.")
-    return faults
-
-
-def _label_faults(label: MetaTensor, path: Path, image: MetaTensor) -> list[str]:
-    faults = []
-    if label.shape[0] != 1:
-        faults.append(f"{path}: a label map has one channel, this has {label.shape[0]}: save label values, no colours.")
-    if label.shape[1:] != image.shape[1:]:
-        sizes = f"{list(label.shape[1:])}, image of size {list(image.shape[1:])}"
-        faults.append(f"{path}: label of size {sizes}: they must be equal.")
-    elif not same_affine(label, image):
-        faults.append(f"{path}: its affine differs from the image's: copy the image's geometry to the label.")
-    values = torch.unique(label.as_tensor())
-    odd = values[~((values >= 0) & (values == values.round()))]  # NaN compares as unequal
-    if len(odd):
-        faults.append(f"{path}: holds {odd[0]:g}, which is no label: save whole numbers, 0 for the background.")
-    if len(values) > MAX_LABELS:
-        faults.append(f"{path}: holds {len(values)} values, which is no label map: save label values.")
-    return faults
 
 
 def _check_alike(facts: list[CaseFacts], report: Report) -> tuple[int, int]:
@@ -302,21 +227,6 @@ def _check_content(facts: Sequence[CaseFacts], report: Report) -> None:
     _across(report, copies, "their images have the same content", leak_is_error=True)
 
 
-def _declared(content: Mapping[str, Any]) -> dict[str, list[int]] | None:
-    """Names and values of the declared labels, from ``{"1": "name"}`` or nnU-Net's ``{"name": 1}``."""
-    labels = content.get("labels")
-    if not isinstance(labels, dict) or not labels:
-        return None
-    named: dict[str, list[int]] = {}
-    for key, value in labels.items():
-        number, name = (key, value) if re.fullmatch(r"\d{1,5}", key) else (value, key)
-        numbers = number if isinstance(number, list) else [number]
-        if not all(re.fullmatch(r"\d{1,5}", str(n)) for n in numbers):
-            return None
-        named[str(name)] = [int(n) for n in numbers]
-    return named
-
-
 def _identifiers(regions: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
     """Names that are safe in a config, where ``$``, ``@``, ``#`` and ``_target_`` have a meaning, and unique."""
     result: dict[str, list[int]] = {}
@@ -326,10 +236,11 @@ def _identifiers(regions: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
     return result
 
 
-def _regions(content: Mapping[str, Any], facts: list[CaseFacts], file: Path, report: Report) -> dict[str, list[int]]:
+def _regions(data: DataList, facts: list[CaseFacts], report: Report) -> dict[str, list[int]]:
     """The mask channels to propose; label values outside the declared ones are errors."""
+    file = data.file
     found = sorted({value for case in facts for voxels in case.files.values() for value in voxels})
-    declared = _declared(content)
+    declared = data.labels
     if declared is None:
         report.warnings.append(f"{file}: declares no labels; the masks hold {[0, *found]}.")
         declared = {f"class_{value}": [value] for value in found}
@@ -344,24 +255,12 @@ def _regions(content: Mapping[str, Any], facts: list[CaseFacts], file: Path, rep
         if outside:
             report.errors.append(
                 f"{mask}: holds the values {outside[:5]}, declared are {sorted(allowed)}: correct the file, "
-                f"or 'labels' in {file.name}."
+                f"or 'labels' in {file.name}; voxels that nobody has labelled are declared by 'ignore_label'."
             )
     for name, values in names.items():
         if not set(values) & set(found):
             report.warnings.append(f"{file}: no mask holds {name!r} ({values}).")
-    wanted = content.get("regions")
-    if _usable(wanted, allowed):
+    wanted = data.regions
+    if wanted is not None and {value for values in wanted.values() for value in values} <= allowed:
         return _identifiers(wanted)
     return _identifiers(names or {"foreground": [1]})
-
-
-def _usable(regions: Any, allowed: set[int]) -> TypeGuard[dict[str, list[int]]]:
-    """Whether the regions that a data list asks for can be used."""
-    return (
-        isinstance(regions, dict)
-        and bool(regions)
-        and all(
-            isinstance(v, list) and v and all(type(n) is int and n in allowed - {0} for n in v)
-            for v in regions.values()
-        )
-    )

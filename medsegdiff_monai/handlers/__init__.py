@@ -1,11 +1,12 @@
 """Ignite handlers of a training run: weights, checkpoints, seeding, safety, progress and what one sees of it."""
 
 from ..files import write_atomically
+from .calibration import FitCalibration
 from .checkpoints import TrainingCheckpoint
 from .history import TrainingHistory
-from .progress import TrainingProgress
+from .progress import CaseProgress, TrainingProgress
 from .report import TrainingReport
-from .safety import GradientClipping, GradientScaling, StopOnBadLoss
+from .safety import GradientClipping, GradientScaling, PlainErrors, StopOnBadLoss
 from .seeding import EpochSeeding
 from .stopping import EarlyStopping
 from .tracking import TensorBoardLog
@@ -15,13 +16,16 @@ from .weights import BestModelSaver, ModelEMA, WeightsLoader
 
 __all__ = [
     "BestModelSaver",
+    "CaseProgress",
     "ClassMetrics",
     "EarlyStopping",
     "EnergyDistance",
     "EpochSeeding",
+    "FitCalibration",
     "GradientClipping",
     "GradientScaling",
     "ModelEMA",
+    "PlainErrors",
     "SaturationWarning",
     "StopOnBadLoss",
     "TensorBoardLog",

@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import ignite.distributed as idist
-import torch
 from ignite.engine import Engine, Events
 from torch import nn
 
 from ..errors import InputError
-from ..files import replacing
+from ..running import RunGuard
 from ..settings import as_bool
-from .weights import load_checkpoint, load_weights
+from ..weights import load_checkpoint, load_weights, save_checkpoint
 
 __all__ = ["TrainingCheckpoint"]
 
@@ -42,6 +41,7 @@ class TrainingCheckpoint:
 
     Attach it to the trainer, after the handlers for averaged weights, learning rate and validation: it saves what they
     have done in an epoch. A run that starts anew removes the checkpoints of an earlier one as soon as it has its own.
+    While it runs, no other training writes to the folder; where it is stopped, it says how to go on.
 
     Args:
         objects: what to save, by name: networks, optimiser, learning-rate schedule.
@@ -59,12 +59,21 @@ class TrainingCheckpoint:
         self.ckpt_dir = Path(ckpt_dir)
         self.resume = as_bool(resume)
         self.n_saved = n_saved
+        self._last = 0  # epoch that this run has saved, or gone on from
 
     def attach(self, engine: Engine) -> None:
         """Attach to a trainer."""
+        RunGuard(self.ckpt_dir, self._advice).attach(engine)
         if self.resume:
             engine.add_event_handler(Events.STARTED, self._load)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._save)
+
+    def _advice(self) -> str:
+        """What to do after the training was stopped."""
+        if not self._last:
+            return "No epoch was finished, nothing is saved: the same command starts anew."
+        saved = f"The training up to epoch {self._last} is saved in {self.ckpt_dir}"
+        return f"{saved}: the same command with --resume true goes on from there."
 
     def _files(self) -> dict[int, Path]:
         """Checkpoints by their epoch."""
@@ -79,13 +88,11 @@ class TrainingCheckpoint:
     @idist.one_rank_only()
     def _save(self, engine: Engine) -> None:
         content = {name: item.state_dict() for name, item in self._items(engine).items()}
-        with replacing(self.ckpt_dir / f"checkpoint_epoch={engine.state.epoch}.pt") as temporary:
-            torch.save(content, temporary)
+        save_checkpoint(self.ckpt_dir / f"checkpoint_epoch={engine.state.epoch}.pt", content)
+        self._last = engine.state.epoch
         for epoch, path in self._files().items():
             if not engine.state.epoch - self.n_saved < epoch <= engine.state.epoch:
-                path.unlink()
-        for path in self.ckpt_dir.glob(".*.pt.*.tmp"):  # what a killed run was writing
-            path.unlink()
+                path.unlink(missing_ok=True)  # others may have made room
 
     def _newest(self) -> tuple[Path, int, dict[str, Any]] | None:
         """The newest checkpoint that can be read, its epoch and its content."""
@@ -118,5 +125,6 @@ class TrainingCheckpoint:
             else:
                 logger.info(f"{path}: holds no {name}, which starts anew.")
         # by epochs: a checkpoint ends one, and another batch size changes the number of iterations
+        self._last = newest
         engine.load_state_dict({"epoch": newest, "epoch_length": length, "max_epochs": max_epochs})
         logger.info(f"Resumed from {path}")

@@ -14,6 +14,7 @@ from ignite.engine import Engine, Events
 from monai.handlers import from_engine
 
 from ..files import write_atomically
+from ..running import RunGuard
 
 __all__ = ["TrainingHistory", "metric_names", "plot_curves", "read_history"]
 
@@ -71,6 +72,7 @@ class TrainingHistory:
 
     def attach(self, engine: Engine) -> None:
         """Attach to a trainer."""
+        RunGuard(self.output_dir).attach(engine)
         engine.add_event_handler(Events.EPOCH_STARTED, self._begin)
         engine.add_event_handler(Events.GET_BATCH_STARTED, self._ask)
         engine.add_event_handler(Events.GET_BATCH_COMPLETED, self._receive)

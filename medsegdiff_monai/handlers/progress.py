@@ -1,7 +1,8 @@
-"""Live progress of a training."""
+"""Live progress of a training, and of cases that are segmented."""
 
 from __future__ import annotations
 
+from collections.abc import Sized
 from typing import Any
 
 import ignite.distributed as idist
@@ -9,7 +10,7 @@ from ignite.engine import Engine, Events
 from monai.handlers import from_engine
 from tqdm import tqdm
 
-__all__ = ["TrainingProgress"]
+__all__ = ["CaseProgress", "TrainingProgress"]
 
 
 class TrainingProgress:
@@ -41,3 +42,33 @@ class TrainingProgress:
             self._bar = None
         if error:
             raise error[0]
+
+
+class CaseProgress:
+    """One bar over all cases, with the time left; those that were skipped count.
+
+    Args:
+        cases: list of the cases, with ``faults`` of those that were skipped.
+    """
+
+    def __init__(self, cases: Sized) -> None:
+        self.cases: Any = cases
+        self._bar: tqdm | None = None
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to an evaluator."""
+        engine.add_event_handler(Events.STARTED, self._open)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._step)
+        engine.add_event_handler(Events.COMPLETED, self._close)
+
+    def _open(self, engine: Engine) -> None:
+        self._bar = tqdm(total=len(self.cases), desc="Segment", dynamic_ncols=True, disable=not len(self.cases))
+
+    def _step(self, engine: Engine) -> None:
+        if self._bar is not None:
+            self._bar.update(engine.state.iteration + len(self.cases.faults) - self._bar.n)
+
+    def _close(self, engine: Engine) -> None:
+        if self._bar is not None:
+            self._step(engine)
+            self._bar.close()

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from ..errors import InputError
 from ..settings import amp_dtype
 
-__all__ = ["GradientClipping", "GradientScaling", "StopOnBadLoss"]
+__all__ = ["GradientClipping", "GradientScaling", "PlainErrors", "StopOnBadLoss"]
 
 REMEDY = "set --learning_rate lower, or --amp false; the last good checkpoint is kept."
 
@@ -92,3 +92,15 @@ class StopOnBadLoss:
         state: Any = engine.state
         if not torch.isfinite(state.output["loss"]).all():
             raise InputError(f"the loss is {float(state.output['loss'])} {_place(engine)}: {REMEDY}")
+
+
+class PlainErrors:
+    """Pass errors on as they are, before MONAI's ``StatsHandler``, attached later, logs all of their frames."""
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to an engine."""
+        engine.add_event_handler(Events.EXCEPTION_RAISED, self)
+
+    def __call__(self, engine: Engine, error: BaseException) -> None:
+        """Raise the error again."""
+        raise error

@@ -15,11 +15,11 @@ import torch
 from ignite.engine import Engine, Events
 from torch import Tensor
 
+from ..cases import distinct_members, raters_of, read_source
 from ..files import write_atomically
 from ..inferers import ANTITHETIC
-from ..metrics import generalised_energy_distance
+from ..metrics import generalised_energy_distance, known_part
 from ..pictures import overlay_bytes
-from ..results import distinct_members, raters_of, read_source
 from ..transforms import Regions
 
 __all__ = ["ClassMetrics", "EnergyDistance", "SaturationWarning", "ValidationPictures"]
@@ -81,7 +81,8 @@ class SaturationWarning:
     def _count(self, engine: Engine) -> None:
         outputs: Any = engine.state.output
         for output in outputs:
-            mask, label = (output[key].flatten(1).sum(1, dtype=torch.float64).cpu() for key in ("mask", "label"))
+            known = (known.flatten(1) for known in known_part(output["label"], output["mask"]))
+            label, mask = (one.sum(1, dtype=torch.float64).cpu() for one in known)
             self._counts += torch.stack([mask, label, torch.full_like(mask, output["mask"][0].numel())])
 
     def __call__(self, engine: Engine) -> None:
@@ -122,6 +123,7 @@ class EnergyDistance:
         for item, output in zip(state.batch, state.output):
             raters, members = raters_of(item, output), output["member_masks"]
             if raters is not None and len(members) > ANTITHETIC:
+                _, members, raters = known_part(output["label"], members, raters)
                 pairs = zip(members.transpose(0, 1), raters.transpose(0, 1))  # class by class
                 distance = np.mean([generalised_energy_distance(m, r, ANTITHETIC) for m, r in pairs])
                 self._sum += torch.tensor([distance, 1.0], dtype=torch.float64)
@@ -180,7 +182,7 @@ class ValidationPictures:
             _array(output["uncertainty_entropy"]),
             _array(self.regions.label_map(output["label"])),
             affine,
-            self.regions.names,
+            self.regions.legend,
             f"{case}   epoch {state.epoch}",
             distinct_members(output, self.regions),
         )

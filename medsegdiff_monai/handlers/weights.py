@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import ignite.distributed as idist
-import torch
 from ignite.engine import Engine, Events
 from ignite.handlers.ema_handler import EMAHandler
 from monai.handlers import CheckpointLoader
@@ -16,9 +15,9 @@ from torch import nn
 
 from ..engines import optimizer_step
 from ..errors import InputError
-from ..files import replacing
+from ..weights import load_weights, network_weights, save_checkpoint, with_fresh_layers
 
-__all__ = ["BestModelSaver", "ModelEMA", "WeightsLoader", "load_checkpoint", "load_weights"]
+__all__ = ["BestModelSaver", "ModelEMA", "WeightsLoader"]
 
 logger = logging.getLogger(__name__)
 
@@ -58,59 +57,15 @@ class ModelEMA(EMAHandler):
             super()._update_ema_model(engine, name)
 
 
-def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint, weights only.
-
-    Raises:
-        InputError: for a missing, truncated or foreign file.
-    """
-    if not Path(path).is_file():
-        raise InputError(f"{path}: no such checkpoint: train first, or set --checkpoint FILE.")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises whatever it likes; the file is what matters
-        raise InputError(f"{path}: is truncated or no checkpoint of weights: replace the file.") from error
-    if not isinstance(content, Mapping):
-        raise InputError(f"{path}: holds no weights but a {type(content).__name__}: replace the file.")
-    return dict(content)
-
-
-def load_weights(path: str | Path, model: nn.Module, weights: Any) -> None:
-    """Load weights into a network.
-
-    Raises:
-        InputError: where they are of another architecture.
-    """
-    if not isinstance(weights, Mapping):
-        raise InputError(f"{path}: holds no weights but a {type(weights).__name__}: replace the file.")
-    difference = _mismatch(model.state_dict(), weights)
-    if difference is not None:
-        raise InputError(
-            f"{path}: weights of another architecture ({difference}): set channels, num_classes and the like, or the "
-            "overlays, as in training."
-        )
-    model.load_state_dict(weights)
-
-
-def _mismatch(own: Mapping[str, torch.Tensor], weights: Mapping[str, Any]) -> str | None:
-    """The first difference between the weights of a network and those for it, in words."""
-    for name in own:
-        if not isinstance(weights.get(name), torch.Tensor):
-            return f"it lacks {name}"
-        if own[name].shape != weights[name].shape:
-            return f"{name} is {list(weights[name].shape)} there, {list(own[name].shape)} in the network"
-    extra = [name for name in weights if name not in own]
-    return f"the network has no {extra[0]}" if extra else None
-
-
 class WeightsLoader(CheckpointLoader):
     """Load the weights of a network when a run starts; MONAI's ``CheckpointLoader`` with plain error messages.
 
     Args:
-        load_path: file of a state dict, flat or under the key ``model``.
+        load_path: file of a state dict, or one that :func:`medsegdiff_monai.weights.network_weights` knows.
         model: network to load it into.
-        adapt: layers that depend on the channels of image and mask; where the file has them for other channels, they
-            keep their fresh weights, and are named.
+        adapt: layers that depend on the channels of image and mask, which may be others in the file, as may the size of
+            the field (:func:`medsegdiff_monai.weights.with_fresh_layers`); without any, the weights must fit as they
+            are.
     """
 
     def __init__(self, load_path: str, model: nn.Module, adapt: Sequence[str] = ()) -> None:
@@ -126,14 +81,9 @@ class WeightsLoader(CheckpointLoader):
         """
         if engine.state.iteration:  # a further round of a federation, which has sent its weights
             return
-        content = load_checkpoint(self.load_path)
-        weights = content.get("model", content)
-        for layer in self.adapt if isinstance(weights, Mapping) else ():
-            own = {name: value for name, value in self.model.state_dict().items() if name.startswith(f"{layer}.")}
-            change = _mismatch(own, {name: weights[name] for name in own if name in weights})
-            if change is not None:
-                logger.info(f"{self.load_path}: {change}: the layer {layer} starts anew.")
-                weights = {**weights, **own}
+        weights = network_weights(self.load_path, self.model)
+        if self.adapt:
+            weights = with_fresh_layers(self.load_path, self.model, weights, self.adapt)
         load_weights(self.load_path, self.model, weights)
         logger.info(f"Restored all variables from {self.load_path}")
 
@@ -155,10 +105,12 @@ class BestModelSaver:
         self.model = model
         self.path = Path(path)
         self.validator = validator
+        self._written = False
 
     def attach(self, engine: Engine) -> None:
         """Attach to a trainer."""
         engine.add_event_handler(Events.EPOCH_COMPLETED, self)
+        engine.add_event_handler(Events.COMPLETED, self._look)
 
     @idist.one_rank_only()
     def __call__(self, engine: Engine) -> None:
@@ -166,5 +118,13 @@ class BestModelSaver:
         state: Any = self.validator.state  # MONAI's workflows add to it
         unjudged = not len(getattr(self.validator, "data_loader", [0]))
         if unjudged or state.best_metric_epoch == engine.state.epoch:
-            with replacing(self.path) as temporary:
-                torch.save(self.model.state_dict(), temporary)
+            save_checkpoint(self.path, self.model.state_dict())
+            self._written = True
+
+    @idist.one_rank_only()
+    def _look(self, engine: Engine) -> None:
+        if self._written and not self.path.is_file():
+            raise InputError(
+                f"{self.path}: was removed while the training went on: its last checkpoint beside it serves as "
+                "--checkpoint, too."
+            )

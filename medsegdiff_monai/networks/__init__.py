@@ -3,5 +3,6 @@
 from .dynamic_conditioning import DynamicConditioning
 from .ff_parser import FFParser
 from .medsegdiff_unet import MedSegDiffUNet
+from .record import TrainingRecord
 
-__all__ = ["DynamicConditioning", "FFParser", "MedSegDiffUNet"]
+__all__ = ["DynamicConditioning", "FFParser", "MedSegDiffUNet", "TrainingRecord"]

@@ -8,7 +8,7 @@ from typing import List
 import torch
 from torch import Tensor, nn
 
-__all__ = ["FFParser"]
+__all__ = ["FFParser", "resample_grid"]
 
 
 def _resample_axis(grid: Tensor, axis: int, size: int, full: bool) -> Tensor:
@@ -39,6 +39,22 @@ def _resample_axis(grid: Tensor, axis: int, size: int, full: bool) -> Tensor:
     shape[axis] = bins.numel()
     fraction = fraction.view(shape)
     return grid.index_select(axis, lower) * (1 - fraction) + grid.index_select(axis, upper) * fraction
+
+
+def resample_grid(grid: Tensor, size: List[int]) -> Tensor:
+    """Read a map at the frequencies of a signal of another size, linearly between its own.
+
+    Args:
+        grid: (channels, *frequencies, 2), real and imaginary parts; half of the last axis is held, as by ``rfftn``.
+        size: spatial size of the signal.
+
+    Returns:
+        Float32 (channels, *size[:-1], size[-1] // 2 + 1, 2).
+    """
+    grid = grid.float()
+    for i in range(len(size)):
+        grid = _resample_axis(grid, i + 1, size[i], i < len(size) - 1)
+    return grid
 
 
 class FFParser(nn.Module):
@@ -78,10 +94,7 @@ class FFParser(nn.Module):
         Returns:
             Complex64 tensor (channels, *size[:-1], size[-1] // 2 + 1).
         """
-        grid = self.weight.float()
-        for i in range(self.spatial_dims):
-            grid = _resample_axis(grid, i + 1, size[i], i < self.spatial_dims - 1)
-        return torch.view_as_complex(grid.contiguous())
+        return torch.view_as_complex(resample_grid(self.weight, size).contiguous())
 
     def forward(self, x: Tensor) -> Tensor:
         """Filter ``x`` of shape (batch, channels, *spatial); float32 inside, shape and dtype are kept."""

@@ -16,6 +16,7 @@ from ..settings import as_bool
 from .blocks import Downsample, Stage, Upsample, group_norm
 from .dynamic_conditioning import DynamicConditioning
 from .ff_parser import FFParser
+from .record import TrainingRecord
 
 __all__ = ["PREDICTION_TYPES", "MedSegDiffUNet", "signed_mask"]
 
@@ -171,6 +172,7 @@ class MedSegDiffUNet(nn.Module):
             raise InputError(f"stem_stride={stem_stride} must be 1 or 2.")
         self.stem_stride = stem_stride
         self.stride = stem_stride * 2 ** (levels - 1)
+        self.record = TrainingRecord(spatial_dims, in_channels, out_channels)
         # E^I is free of x_t up to here: the first fusion, or the very end where nothing is fused
         self.first_fusion = min(fused, default=levels - 1)
 

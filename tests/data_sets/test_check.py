@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import itertools
 import json
+import re
+import shlex
 import struct
 
 import itk
@@ -13,6 +16,7 @@ import pytest
 import raw_layouts as raw
 from PIL import Image
 
+from medsegdiff_monai.data.raw.prepare import prepare
 from medsegdiff_monai.data.report import check, inspect_dataset
 from medsegdiff_monai.errors import InputError
 
@@ -68,16 +72,16 @@ def test_every_fault_at_once(task, capsys, tmp_path):
     for text in (
         "toy_000.nii.gz: no such file",
         "toy_001.nii.gz: label of size [10, 13, 9], image of size [11, 13, 9]",
-        "toy_002.nii.gz: its affine differs from the image's",
+        "toy_002.nii.gz: its voxels lie up to 10 voxels off the image's: resample the label onto the image's grid",
         "toy_003.nii.gz: holds the values [4, 8], declared are [0, 1, 2]",
         "toy_004.nii.gz: 2 voxels are NaN or infinite",
         "toy_005.nii.gz: cannot be read",
         "imagesTr/toy_006.nii.gz: has 2 channels, most have 1",
-        "labelsTr/toy_007.nii.gz: its affine differs",
         "toy_007.nii.gz: its affine has no inverse (determinant 0)",
-        "toy_100.nii.gz: has no label in training",
-        "the entry '7' needs the key 'image'",
-        "'../x.nii' leads out of the folder",
+        "toy_100.nii.gz: has no label in the data list",
+        "training[9]: '7' needs the key 'image'",
+        "x.nii: has no label in the data list",
+        "x.nii: no such file",
         "toy_100.nii.gz (training), toy_100.nii.gz (test): the same file is listed more than once",
     ):
         assert text in shown, text
@@ -121,7 +125,9 @@ def test_noisy_and_coloured_masks(tmp_path):
     rewrite(tmp_path / "labels/c2.nii", np.arange(37 * 23).reshape(37, 23).astype(np.int16))
     edit(tmp_path, lambda c: c["training"][2].update(label="labels/c2.nii"))
     errors = "\n".join(inspect_dataset(tmp_path).errors)
-    assert "c0.png: holds the values" in errors and "c1.png: a label map has one channel, this has 3" in errors
+    assert (
+        re.search(r"c0\.png: holds \d{3} values, which is no label map", errors) and "c1.png: holds colours" in errors
+    )
     assert "c2.nii: holds 851 values, which is no label map" in errors
 
 
@@ -247,10 +253,11 @@ def test_several_files_are_channels_and_other_formats(tmp_path):
         (None, "no such file: `prepare` writes one"),
         ("[]", "the list 'training'"),
         ("{", "is not JSON"),
-        ('{"training": [], "test": 3}', "2 errors"),
+        ('{"training": [], "test": 3}', "'test' must be a list of cases, not int"),
+        ("{}", "1 errors"),
         ('{"training": ["x.tif"]}', "3 errors"),
         ('{"training": [{"image": []}]}', "2 errors"),
-        ('{"training": ["."]}', "2 errors"),
+        ('{"training": ["."]}', "3 errors"),
     ],
 )
 def test_broken_lists(tmp_path, write, message):
@@ -259,6 +266,55 @@ def test_broken_lists(tmp_path, write, message):
         (tmp_path / "dataset.json").write_text(write)
     with pytest.raises(InputError, match=message):
         check(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["there", "overlay.txt"])
+def test_a_place_that_no_overlay_can_have_is_refused_before_anything_is_read(task, tmp_path, name, monkeypatch):
+    (tmp_path / "there").mkdir()
+    monkeypatch.setattr("medsegdiff_monai.data.report.inspect_dataset", lambda dataset: pytest.fail("was read"))
+    with pytest.raises(InputError, match=r"write=.*\.json"):
+        check(str(task), write=str(tmp_path / name))
+
+
+def test_an_overlay_that_cannot_be_written(task, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"overlay\.json: cannot be written"):
+        check(str(task), write=str(tmp_path / "file" / "overlay.json"))
+
+
+def test_the_next_commands_can_be_pasted(task, tmp_path, capsys):
+    """Folders with spaces and quotes in their names."""
+    folder = tmp_path / "it's a set"
+    prepare("decathlon", str(task), str(folder), workers=1)
+    check(str(folder), write=str(folder / "my overlay.json"))
+    first, second = (shlex.split(line)[1:] for line in capsys.readouterr().out.splitlines() if line.startswith("Next:"))
+    assert first[first.index("--dataset") + 1] == str(folder)
+    configs = second[second.index("--config_file") + 1]
+    assert ast.literal_eval(configs) == ["bundle/configs/train.json", str(folder / "my overlay.json")]  # as fire does
+
+
+def test_the_same_file_by_two_names_is_listed_twice(task):
+    (task / "copy.nii.gz").symlink_to(task / "imagesTr/toy_001.nii.gz")
+    edit(task, lambda c: c.update(validation=[{**c["training"][1], "image": "copy.nii.gz"}]))
+    assert "the same file is listed more than once" in "\n".join(inspect_dataset(task).errors)
+
+
+def test_what_is_ignored_is_proposed_and_no_part_of_the_fingerprint(task):
+    before = inspect_dataset(task)
+    for path in (task / "labelsTr").iterdir():
+        label = np.asarray(nib.load(path).dataobj).copy()
+        label[-2:][label[-2:] == 0] = 255
+        rewrite(path, label)
+    assert "holds the values [255], declared are [0, 1, 2]" in inspect_dataset(task).errors[0]
+    edit(task, lambda c: c.update(ignore_label=255))
+    report = inspect_dataset(task)
+    assert report.errors == [] and report.fingerprint == before.fingerprint
+    assert report.overlay == {**before.overlay, "ignore_label": 255}
+    edit(
+        task,
+        lambda c: (c.pop("ignore_label"), c.update(labels={"background": 0, "front": 1, "back": 2, "ignore": 255})),
+    )
+    assert inspect_dataset(task).overlay == report.overlay
 
 
 def test_no_folder(tmp_path):

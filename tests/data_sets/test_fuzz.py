@@ -1,4 +1,4 @@
-"""Damaged files: 300 of them through check and prepare, none of which ends in anything but one sentence."""
+"""Damaged files through check and prepare, 300 of each kind, none of which ends in anything but one sentence."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import raw_layouts as raw
+from PIL import Image
 
+from medsegdiff_monai.data import DataSpec, training_splits
 from medsegdiff_monai.data.raw.prepare import prepare
 from medsegdiff_monai.data.reading import load_image
 from medsegdiff_monai.data.report import check
@@ -22,7 +25,7 @@ from medsegdiff_monai.errors import InputError
 
 SECONDS = 20  # for one command on a handful of small files
 GROWTH = 512 * 2**20  # bytes of memory that all damaged files of a kind may take
-FILES = 75  # damaged files of each of four kinds: 300
+FEW, ALL = 10, 300  # damaged files of each kind: in every run of the tests, and in the slow one
 
 
 @contextlib.contextmanager
@@ -97,9 +100,40 @@ def picture_set(root: Path) -> tuple[str, Path, list[Path]]:
     return "folder", root, [root / "images/c0.png", root / "labels/c1.png"]
 
 
+def tiff_set(root: Path) -> tuple[str, Path, list[Path]]:
+    """Of 8 bits, 16 and floats; compressed in several ways, in strips; with a palette; masks too."""
+    raw.picture_set(root, 6)
+    kinds = [("RGB", None), ("RGB", "tiff_lzw"), ("RGB", "tiff_adobe_deflate"), ("P", "packbits"), ("RGB", "jpeg")]
+    for i, (mode, compression) in enumerate(kinds):
+        picture = Image.open(root / f"images/c{i}.png")
+        (picture.quantize(9) if mode == "P" else picture).save(root / f"images/c{i}.tif", compression=compression)
+        (root / f"images/c{i}.png").unlink()
+    for i, kind in enumerate((np.uint8, np.uint16, np.float32)):
+        mask = np.asarray(Image.open(root / f"labels/c{i}.png"))
+        Image.fromarray(mask.astype(kind)).save(root / f"labels/c{i}.tif", compression="tiff_lzw" if i else None)
+        (root / f"labels/c{i}.png").unlink()
+    text = (root / "dataset.json").read_text()
+    for i in range(5):
+        text = text.replace(f"images/c{i}.png", f"images/c{i}.tif")
+        text = text.replace(f"labels/c{i}.png", f"labels/c{i}.tif") if i < 3 else text
+    (root / "dataset.json").write_text(text)
+    return "folder", root, sorted(root.glob("*/*.tif"))
+
+
 def json_set(root: Path) -> tuple[str, Path, list[Path]]:
     folder = raw.decathlon(root, 2)
     return "decathlon", folder, [folder / "dataset.json"]
+
+
+def nnunet_set(root: Path) -> tuple[str, Path, list[Path]]:
+    folder = raw.decathlon(root, 2)
+    for path in folder.glob("imagesT*/*.nii.gz"):
+        path.rename(path.with_name(path.name.replace(".nii.gz", "_0000.nii.gz")))
+    content = {"channel_names": {"0": "MR"}, "labels": {"background": 0, "all": [1, 2], "back": 2, "ignore": 3}}
+    (folder / "dataset.json").write_text(
+        json.dumps({**content, "file_ending": ".nii.gz", "regions_class_order": [1, 2]})
+    )
+    return "nnunet", folder, [folder / "dataset.json"]
 
 
 def xml_set(root: Path) -> tuple[str, Path, list[Path]]:
@@ -110,13 +144,14 @@ def xml_set(root: Path) -> tuple[str, Path, list[Path]]:
     return "ddti", folder, [folder / "2.xml", folder / "3.xml", folder / "12.xml"]
 
 
-@pytest.mark.parametrize("make", [nifti_set, picture_set, json_set, xml_set])
-def test_damaged_files(tmp_path, make: Callable[[Path], tuple[str, Path, list[Path]]]):
+@pytest.mark.parametrize("files", [FEW, pytest.param(ALL, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("make", [nifti_set, picture_set, tiff_set, json_set, nnunet_set, xml_set])
+def test_damaged_files(tmp_path, make: Callable[[Path], tuple[str, Path, list[Path]]], files: int):
     kind, source, targets = make(tmp_path / "raw")
     originals = {path: path.read_bytes() for path in targets}
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     refused = 0
-    for number in range(FILES):
+    for number in range(files):
         rng = random.Random(f"{make.__name__} {number}")
         path = targets[number % len(targets)]
         damages = DAMAGES.get(path.suffix, DAMAGES[""])
@@ -125,7 +160,9 @@ def test_damaged_files(tmp_path, make: Callable[[Path], tuple[str, Path, list[Pa
         commands: list[Callable[[], None]] = [lambda out=output: prepare(kind, str(source), str(out), workers=1)]
         if kind != "ddti":
             commands.append(lambda: check(str(source), write=str(tmp_path / "overlay.json")))
-        elif number % 8 == 0:
+        if make is json_set:
+            commands.append(lambda: training_splits(str(source), DataSpec(3, 1, 2)))
+        if kind == "ddti" and number % 8 == 0:
             commands.append(lambda out=output: check(str(out)) if (out / "dataset.json").exists() else None)
         for command in commands:
             try:
@@ -138,7 +175,7 @@ def test_damaged_files(tmp_path, make: Callable[[Path], tuple[str, Path, list[Pa
         path.write_bytes(originals[path])
     growth = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
     assert growth < GROWTH, f"{growth >> 20} MiB"
-    assert refused >= FILES // 4  # the damage is real
+    assert refused >= files // 4  # the damage is real
 
 
 def complete(output: Path) -> None:

@@ -87,7 +87,7 @@ def test_raters_of_volumes_without_a_consensus(tmp_path, run):
 
 def test_channels_are_raters(tmp_path, run):
     four = [dots(1), dots(1, 2), dots(), dots(3, 4)]
-    values = np.stack([dots(1) * 2, dots(1, 2)], -1)
+    values = np.stack([dots(1), dots(1, 2)], -1)
     raw_pictures(
         tmp_path / "raw", {"a": {"labels": np.stack(four, -1) * 255}, "b": {"labels": values}, "c": {"labels": dots(6)}}
     )
@@ -96,9 +96,20 @@ def test_channels_are_raters(tmp_path, run):
     assert "label" not in a and a["labels"] == [f"./labels_{i}/a.png" for i in (1, 2, 3, 4)]
     for file, array in zip(a["labels"], four):
         np.testing.assert_array_equal(pixels(out, file), array)
-    for i, file in enumerate(labels_of(out, "b")["labels"]):  # other values are labels
+    for i, file in enumerate(labels_of(out, "b")["labels"]):
         np.testing.assert_array_equal(pixels(out, file), values[..., i])
     assert labels_of(out, "c")["labels"] == ["./labels_1/c.png"]
+
+
+def test_channels_that_hold_label_values(tmp_path, run):
+    values = np.stack([dots(1) * 2, dots(1, 2), dots(1, 2)], -1)
+    raw_pictures(tmp_path / "raw", {"a": {"labels": values}, "b": {"labels": values * 0}})
+    out = run("folder", raters="channels")
+    for i, file in enumerate(labels_of(out, "a")["labels"]):
+        np.testing.assert_array_equal(pixels(out, file), values[..., i])
+    raw_pictures(tmp_path / "raw", {"c": {"labels": dots(1) * 255}})
+    with pytest.raises(InputError, match="a label must have the same value in all masks"):
+        run("folder", raters="channels")
 
 
 def test_channels_of_a_volume_are_raters(tmp_path, run):

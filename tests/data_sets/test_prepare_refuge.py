@@ -82,6 +82,14 @@ def test_mask_of_another_size(tmp_path, run):
         run("refuge")
 
 
+def test_mask_of_other_codes(tmp_path, run):
+    """0 as the background, as in copies that hold label values, would make a cup of the whole picture."""
+    raw.refuge1(tmp_path / "raw")
+    Image.new("L", (48, 48), 0).save(tmp_path / "raw/REFUGE-Validation400-GT/Disc_Cup_Masks/V0001.bmp")
+    with pytest.raises(InputError, match=r"V0001.bmp: has no background in its corners"):
+        run("refuge")
+
+
 def test_packed_masks_are_named(tmp_path, run):
     raw.photograph(tmp_path / "raw/Training400/Glaucoma/g0001.jpg", (20, 20))
     (tmp_path / "raw/Disc_Cup_Masks.zip").write_bytes(b"PK")

@@ -102,7 +102,7 @@ def test_cases_with_raters_alone_are_labelled(pictures):
     edit(pictures, lambda c: c["training"][1].pop("labels"))
     with pytest.raises(InputError, match=r"c1\.png: has no label in the data list"):
         training_splits(str(pictures), RGB)
-    assert f"{pictures / 'images/c1.png'}: has no label in training" in "\n".join(inspect_dataset(pictures).errors)
+    assert f"{pictures / 'images/c1.png'}: has no label in the data list" in "\n".join(inspect_dataset(pictures).errors)
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_cases_with_raters_alone_are_labelled(pictures):
         (lambda file: file.write_bytes(file.read_bytes()[:60]), "cannot be read"),
         (lambda file: save(file, mask(3, (22, 37))), r"label of size \[37, 22\], image of size \[37, 23\]"),
         (lambda file: save(file, mask(3) * 7), "holds the values"),
-        (lambda file: raw.photograph(file, (37, 23)), "a label map has one channel, this has 3"),
+        (lambda file: raw.photograph(file, (37, 23)), "holds colours"),
     ],
 )
 def test_faults_name_the_file_of_the_rater(pictures, damage, message):
@@ -130,9 +130,9 @@ def test_a_rater_of_another_geometry_is_a_fault(tmp_path):
     raw.volume(folder / "a.nii.gz", np.asarray(label.dataobj))
     raw.volume(folder / "b.nii.gz", np.asarray(label.dataobj), np.diag([2.0, 1, 1, 1]))
     edit(folder, lambda c: c["training"][0].update(labels=["a.nii.gz", "b.nii.gz"]))
-    with pytest.raises(InputError, match=r"b\.nii\.gz: its affine differs"):
+    with pytest.raises(InputError, match=r"b\.nii\.gz: its voxels lie up to 10 voxels off"):
         training_splits(str(folder), DataSpec(3, 1, 2))
-    assert "b.nii.gz: its affine differs" in "\n".join(inspect_dataset(folder).errors)
+    assert "b.nii.gz: its voxels lie up to 10 voxels off" in "\n".join(inspect_dataset(folder).errors)
 
 
 @pytest.mark.parametrize("value", [[], None, "a.png", [3], [""], [["a.png"]], {"a": "b.png"}, ["a.png", "./a.png"]])
@@ -143,8 +143,8 @@ def test_labels_that_are_no_list_of_files(pictures, tmp_path, value):
         training_splits(str(pictures), RGB)
     assert len(value or []) > 1 or str(value) in str(error.value)
     errors = inspect_dataset(pictures).errors
-    assert len(errors) == 1 and errors[0].startswith("training[2]: ") and "dataset.json: 'labels' " in errors[0]
-    with pytest.raises(InputError, match=rf"dataset\.json: the entry of c2\.png: {message}"):
+    assert len(errors) == 1 and "dataset.json: training[2]: 'labels' " in errors[0]
+    with pytest.raises(InputError, match=rf"dataset\.json: training\[2\]: {message}"):
         prepare_command("decathlon", str(pictures), str(tmp_path / "out"))
 
 
@@ -227,7 +227,7 @@ def test_decathlon_layout_keeps_the_raters(pictures, tmp_path):
 
 def test_decathlon_names_a_rater_of_another_size(pictures, tmp_path):
     save(pictures / "raters/c0_1.png", mask(3, (22, 37)))
-    with pytest.raises(InputError, match=r"1 bad cases(.|\n)*c0_1\.png: is \[37, 22\]"):
+    with pytest.raises(InputError, match=r"1 bad cases(.|\n)*c0_1\.png: label of size \[37, 22\]"):
         prepare_command("decathlon", str(pictures), str(tmp_path / "out"))
 
 

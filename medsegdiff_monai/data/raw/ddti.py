@@ -12,7 +12,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from ...errors import InputError
-from ..reading import NIFTI, PICTURES, files_below, inside, load_image, open_picture, picture_values, read_xml
+from ..pictures import PICTURES, open_picture, picture_values
+from ..reading import NIFTI, files_below, inside, load_image, read_xml
 from .layout import Case, CaseFiles, Layout, same_size
 
 __all__ = ["find"]

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from monai.data.utils import to_affine_nd
+
 from ...errors import InputError
-from ..checks import rater_files
-from ..datalist import case_names
-from ..reading import IMAGE_SUFFIXES, inside, load_image, read_json
-from .layout import Case, CaseFiles, Layout, check_label_values, same_size
+from ..entries import SPLITS, DataList, Entry, first_file, read_data_list
+from ..names import case_names
+from ..reading import IMAGE_SUFFIXES, load_image
+from ..rules import read_case
+from .layout import Case, CaseFiles, Layout
 
 __all__ = ["find"]
-
-GROUPS = ("patient", "cluster")
 
 
 def find(source: Path) -> Layout:
@@ -33,7 +34,7 @@ def find(source: Path) -> Layout:
         The data set.
 
     Raises:
-        InputError: where ``dataset.json`` is missing, no such list, or names files outside the folder.
+        InputError: where ``dataset.json`` is missing, or lists what is no case.
     """
     found = [source / "dataset.json", *sorted(source.glob("*/dataset.json"))]
     files = [path for path in found if path.is_file()]
@@ -41,62 +42,63 @@ def find(source: Path) -> Layout:
         raise InputError(f"{source}: holds no dataset.json: give the folder of one task.")
     if len(files) > 1 and files[0].parent != source:
         raise InputError(f"{source}: holds {len(files)} tasks: give the folder of one.")
-    content = read_json(files[0])
-    if not isinstance(content, dict) or not isinstance(content.get("training"), list):
-        raise InputError(f"{files[0]}: must hold an object with the list 'training'.")
-    labels, modality = content.get("labels"), content.get("modality", content.get("channel_names"))
-    cases = _cases(content, files[0])
+    data = read_data_list(files[0].parent)
+    if data.faults:
+        raise InputError("\n  ".join(data.faults))
+    cases = _cases(data)
     if not cases:
         raise InputError(f"{files[0]}: lists no case: add some.")
+    modality = data.content.get("modality", data.content.get("channel_names"))
     return Layout(
-        f"Decathlon task {str(content.get('name') or files[0].parent.name)[:100]}, {len(cases)} cases",
+        f"Decathlon task {str(data.content.get('name') or files[0].parent.name)[:100]}, {len(cases)} cases",
         cases,
-        labels if _names(labels) else None,
-        modality if _names(modality) else {"0": "image"},
+        _named_values(data),
+        modality if _is_table(modality) else {"0": "image"},
+        regions=_regions(data),
+        ignore_label=data.ignore_label,
     )
 
 
-def _names(table: Any) -> TypeGuard[dict[str, str]]:
+def _is_table(table: Any) -> TypeGuard[dict[str, str]]:
     """Whether this is a table from numbers to names."""
     return isinstance(table, dict) and all(re.fullmatch(r"\d{1,5}", k) and isinstance(v, str) for k, v in table.items())
 
 
-def _cases(content: Mapping[str, Any], file: Path) -> list[Case]:
-    official = bool(content.get("validation"))
-    entries: list[tuple[str | None, Path, Path | None, list[Path], str | None]] = []
-    for split in ("training", "validation", "test"):
-        listed = content.get(split) or []
-        if not isinstance(listed, list):
-            raise InputError(f"{file}: {split!r} must be a list of cases, not {type(listed).__name__}.")
-        for entry in listed:
-            drawn = None if split == "training" and not official else split
-            entries.append((drawn, *_entry(entry, file)))
-    names = case_names([str(image) for _, image, *_ in entries])
-    twice = {name for name in names if names.count(name) > 1} if len(set(names)) < len(names) else set()
-    if twice:
-        raise InputError(f"{file}: lists {sorted(twice)[0]} more than once: list each image once.")
-    return [
-        Case(
-            name,
-            group or name,
-            [image, *([] if label is None else [label]), *raters],
-            partial(_convert, name=name, image=image, label=label, raters=raters),
-            split or (None if label is not None or raters else "unlabelled"),
-            f"{len(raters)} raters" if raters else "",
-        )
-        for name, (split, image, label, raters, group) in zip(names, entries)
-    ]
+def _named_values(data: DataList) -> dict[str, str] | None:
+    """The name of each label value; None where the list has no names, or one value has several."""
+    named = [(value, name) for name, values in (data.labels or {}).items() for value in values]
+    table = {str(value): name for value, name in sorted(named)}
+    return table if table and len(table) == len(named) else None
 
 
-def _entry(entry: Any, file: Path) -> tuple[Path, Path | None, list[Path], str | None]:
-    entry = {"image": entry} if isinstance(entry, str) else entry
-    if not isinstance(entry, dict) or "image" not in entry:
-        raise InputError(f"{file}: the entry {str(entry)[:100]!r} needs the key 'image'.")
-    image = inside(file.parent, entry["image"])
-    label = inside(file.parent, entry["label"]) if "label" in entry else None
-    raters = [inside(file.parent, name) for name in rater_files(entry, f"{file}: the entry of {image.name}")]
-    group = next((str(entry[key])[:100] for key in GROUPS if key in entry), None)
-    return image, label, raters, group
+def _regions(data: DataList) -> dict[str, list[int]] | None:
+    """The regions that the list declares; labels that share values, as nnU-Net's may, are regions as well."""
+    if data.regions is not None or data.labels is None or _named_values(data) is not None:
+        return data.regions
+    return {name: [v for v in values if v] for name, values in data.labels.items() if any(values)}
+
+
+def _cases(data: DataList) -> list[Case]:
+    official = any(entry.split == "validation" for entry in data.entries)
+    listed = Counter(str(entry.image) for entry in data.entries)
+    twice = next((entry for entry in data.entries if listed[str(entry.image)] > 1), None)
+    if twice is not None:
+        raise InputError(f"{data.file}: lists {first_file(twice.image)} more than once: list each image once.")
+    names = case_names([entry.image for entry in data.entries])
+    return [_case(name, entry, official) for name, entry in zip(names, data.entries)]
+
+
+def _case(name: str, entry: Entry, official: bool) -> Case:
+    split = None if entry.split == SPLITS[0] and not official else entry.split
+    images = [entry.image] if isinstance(entry.image, str) else entry.image
+    return Case(
+        name,
+        entry.group or name,
+        [Path(file) for file in (*images, *entry.labels)],
+        partial(_convert, name=name, entry=entry),
+        split or (None if entry.labels else "unlabelled"),
+        f"{len(entry.raters)} raters" if entry.raters else "",
+    )
 
 
 def _suffix(path: Path) -> str:
@@ -105,22 +107,28 @@ def _suffix(path: Path) -> str:
     )
 
 
-def _convert(
-    files: CaseFiles, name: str, image: Path, label: Path | None, raters: Sequence[Path]
-) -> list[dict[str, Any]]:
+def _convert(files: CaseFiles, name: str, entry: Entry) -> list[dict[str, Any]]:
     """Copy a case, after reading it whole."""
-    size = load_image(image).shape[1:]
-    item: dict[str, Any] = {"image": files.copy(image, f"images/{name}{_suffix(image)}")}
+    case = read_case(entry.item())
+    if case.faults:
+        raise InputError("\n  ".join(case.faults))
 
-    def copy_label(path: Path, folder: str) -> str:
-        mask = load_image(path)
-        same_size(path, mask.shape[1:], image, size)
-        check_label_values(mask.numpy(), path)
-        files.note_values(mask.numpy())
-        return files.copy(path, f"{folder}/{name}{_suffix(path)}")
+    def copy(file: str, folder: str, ending: str = "") -> str:
+        path, stem = Path(file), f"{folder}/{name}{ending}"
+        if path.is_dir() or path.suffix.lower() == ".mhd":  # more than one file
+            volume = load_image(path)
+            return files.nifti(volume.numpy(), to_affine_nd(3, volume.affine).numpy(), f"{stem}.nii.gz")
+        return files.copy(path, f"{stem}{_suffix(path)}")
 
-    if label is not None:
-        item["label"] = copy_label(label, "labels")
-    if raters:
-        item["labels"] = [copy_label(path, f"labels_{i}") for i, path in enumerate(raters, 1)]
+    item: dict[str, Any] = {}
+    if isinstance(entry.image, str):
+        item["image"] = copy(entry.image, "images")
+    else:
+        item["image"] = [copy(file, "images", f"_{i}") for i, file in enumerate(entry.image)]
+    if entry.label is not None:
+        item["label"] = copy(entry.label, "labels")
+    if entry.raters:
+        item["labels"] = [copy(file, f"labels_{i}") for i, file in enumerate(entry.raters, 1)]
+    for label in case.labels.values():
+        files.note_values(label.numpy())
     return [item]

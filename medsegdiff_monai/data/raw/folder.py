@@ -2,29 +2,62 @@
 
 from __future__ import annotations
 
+import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from monai.data import MetaTensor
 from monai.data.utils import to_affine_nd
 
 from ...errors import InputError
-from ..datalist import is_dicom_file, stem_of
-from ..reading import IMAGE_SUFFIXES, NIFTI, PICTURES, files_below, load_image, open_picture
-from .layout import Case, CaseFiles, Layout, check_label_values, same_size
+from ..dicom import is_dicom_file
+from ..names import stem_of
+from ..pictures import PICTURES, is_turned, mask_values, stored_values
+from ..reading import IMAGE_SUFFIXES, NIFTI, files_below, load_image
+from ..rules import place_label, whole_numbers
+from .layout import Case, CaseFiles, Layout, same_size
+from .masks import Coding, MaskTraits, coding_of, traits_of
 
 __all__ = ["find"]
 
-JPEG = (".jpg", ".jpeg")
-JPEG_CUT = 127  # compression blurs the edge of a mask
 RATER = re.compile(r"labels_(\d+)")  # folder of one rater
 CODES = ("channels", "bits")  # of several raters in one picture
+BESIDE = (".raw", ".zraw")  # voxels of a header's file
+SHOWN = 10  # names of a note
+# what people add to names, of which the rest tells what belongs together
+AFFIX = r"(?:masks?|segmentations?|seg|labels?|ground_?truth|gt|annotations?|images?|img|0000)"
+AFFIXES = re.compile(rf"(?<=.)[ _.-]+{AFFIX}$|^{AFFIX}[ _.-]+(?=.)", re.I)
 
 
-def _index(folder: Path) -> dict[str, Path]:
+@dataclass(frozen=True)
+class Reading:
+    """How the files in the folders of labels are read.
+
+    Args:
+        raters: ``channels`` or ``bits`` where each file has several raters.
+        bits: the number of raters in ``bits``.
+        coding: what the values mean.
+    """
+
+    raters: str | None
+    bits: int
+    coding: Coding
+
+    @property
+    def recipe(self) -> str:
+        """What besides the files decides on the label maps that are written."""
+        cut = "" if self.coding.cut is None else f"cut {self.coding.cut:g} of {self.coding.top:g}"
+        return " ".join(part for part in (f"{self.raters} {self.bits}" if self.raters else "", cut) if part)
+
+
+def _index(folder: Path, notes: list[str]) -> dict[str, Path]:
     """Images below a folder by their relative path without suffix; the folder of a DICOM series is one image.
 
     Raises:
@@ -37,6 +70,8 @@ def _index(folder: Path) -> dict[str, Path]:
         elif is_dicom_file(path) and path.parent != folder:
             image = path.parent
         else:
+            if path.suffix.lower() not in BESIDE:
+                notes.append(f"{path}: is of no kind that is read and is left out.")
             continue
         name = image.relative_to(folder).with_name(stem_of(image.name) if image.is_file() else image.name).as_posix()
         if found.setdefault(name, image) != image:
@@ -45,11 +80,14 @@ def _index(folder: Path) -> dict[str, Path]:
 
 
 def find(source: Path, patient_pattern: str | None = None, raters: str | None = None) -> Layout:
-    """Match ``images/`` and ``labels/`` by name (without suffix): NIfTI, NRRD, MHA, PNG, JPEG, BMP, or a DICOM series
-    in a folder of its own.
+    """Match ``images/`` and ``labels/`` by name: NIfTI, NRRD, MHA, PNG, JPEG, BMP, TIFF, or a DICOM series in a folder
+    of its own.
 
-    Volumes that are not NIfTI are written as NIfTI, pictures are copied. Masks of 0 and 255 become 0 and 1, JPEG masks
-    are cut at 127, a palette picture's indices are its labels. Images without label are listed as ``unlabelled``.
+    Names are compared without suffix, and where that finds none, without ``_mask``, ``_seg``, ``_0000`` and the like.
+    Volumes that are not NIfTI are written as NIfTI, pictures are copied. Masks of 0 and 255 in all files become 0 and
+    1, soft edges (smoothing, JPEG) of such masks are cut half-way, a palette picture's indices are its labels, and of a
+    drawing in one colour the alpha channel is taken (:func:`medsegdiff_monai.data.raw.masks.coding_of`). Images without
+    label are listed as ``unlabelled``.
 
     Several raters have a folder each, ``labels_1/``, ``labels_2/`` ...; a case that is missing from one of them lacks
     that rater. ``labels/`` beside them is the consensus. Or each file in ``labels/`` has all of them:
@@ -68,39 +106,31 @@ def find(source: Path, patient_pattern: str | None = None, raters: str | None = 
         The data set.
 
     Raises:
-        InputError: where a folder is missing, names collide, or nothing matches.
+        InputError: where a folder is missing, names collide, nothing matches, or masks may mean several things.
     """
     if raters is not None and raters not in CODES:
         raise InputError(f"raters={raters!r} must be channels or bits, where each file in labels/ has several raters.")
-    images, labels = _index(source / "images"), _labels(source, raters)
+    folders, notes = _folders(source, raters), list[str]()
+    images = _index(source / "images", notes)
+    labels = {name: _matched(_index(source / name, notes), images, notes) for name in folders}
     labelled = {name: path for found in labels.values() for name, path in found.items()}
-    if not images.keys() & labelled.keys():
-        raise InputError(
-            f"{source}: no image has a label of the same name ({next(iter(images), 'no image')!r}, "
-            f"{next(iter(labelled), 'no label')!r}): name them alike."
-        )
-    notes = [
-        f"{path}: has no image and is left out."
-        for found in labels.values()
-        for name, path in found.items()
-        if name not in images
-    ]
-    bare = [name for name in images if name not in labelled]
-    if bare:
-        notes.append(f"{len(bare)} images have no label and are listed as 'unlabelled': {', '.join(bare[:3])} ...")
-    bits = _used_bits(path for name, path in labelled.items() if name in images) if raters == "bits" else 0
+    if not labelled:
+        raise InputError(_nothing_matches(source, images, folders))
+    _check_names(images)
+    notes += _left_over(images, labelled)
+    how = Reading(raters, *_survey(labels, raters))
     cases = []
     for name, path in images.items():
         masks = {folder: found[name] for folder, found in labels.items() if name in found}
-        cases.append(_case(name, path, masks, _patient(name, patient_pattern), raters, bits))
+        cases.append(_case(name, path, masks, _patient(name, patient_pattern), how))
     edition = f"folder, {len(images)} images and {len(labelled)} labels"
-    if raters or list(labels) != ["labels"]:
-        edition += f", raters as {raters}" if raters else f" in {', '.join(labels)}"
-    return Layout(edition, cases, None, {"0": "image"}, None, notes)
+    if raters or folders != ["labels"]:
+        edition += f", raters as {raters}" if raters else f" in {', '.join(folders)}"
+    return Layout(edition, cases, None, {"0": "image"}, None, [*how.coding.notes, *notes])
 
 
-def _labels(source: Path, raters: str | None) -> dict[str, dict[str, Path]]:
-    """The files in each folder of labels by name: ``labels``, and those of raters in the order of their numbers."""
+def _folders(source: Path, raters: str | None) -> list[str]:
+    """The folders of labels: ``labels``, and those of raters in the order of their numbers."""
     numbered = {path.name: int(match[1]) for path in source.iterdir() if (match := RATER.fullmatch(path.name))}
     folders = [name for name in ("labels", *sorted(numbered, key=numbered.__getitem__)) if (source / name).is_dir()]
     for name, is_there in (("images", (source / "images").is_dir()), ("labels", bool(folders))):
@@ -111,26 +141,100 @@ def _labels(source: Path, raters: str | None) -> dict[str, dict[str, Path]]:
             f"{source}: raters={raters!r} reads all raters from the files in labels/, but there is {folders[-1]}/: "
             "leave one of both out."
         )
-    return {name: _index(source / name) for name in folders}
+    return folders
 
 
-def _used_bits(paths: Iterable[Path]) -> int:
-    """The number of raters in a set of label files whose bits are raters."""
-    highest = 0
-    for path in paths:
+def _core(name: str) -> str:
+    """A name without what people add to it."""
+    folder, _, stem = name.rpartition("/")
+    return f"{folder}/{AFFIXES.sub('', stem)}".casefold()
+
+
+def _matched(labels: Mapping[str, Path], images: Mapping[str, Path], notes: list[str]) -> dict[str, Path]:
+    """The labels by the names of their images; those of the same name first, then those that differ by an affix.
+
+    Raises:
+        InputError: where several labels may belong to an image, or the other way round.
+    """
+    found = {name: path for name, path in labels.items() if name in images}
+    left: dict[str, list[str]] = {}
+    for name in images.keys() - found.keys():
+        left.setdefault(_core(name), []).append(name)
+    near = [name for name in labels if name not in found and _core(name) in left]
+    for name in near:
+        core = _core(name)
+        rivals = [other for other in near if _core(other) == core]
+        if len(rivals) > 1 or len(left[core]) > 1:
+            both = ", ".join(sorted([*(labels[r].name for r in rivals), *(images[i].name for i in left[core])]))
+            raise InputError(f"{labels[name]}: which of {both} belong together? Name image and label alike.")
+        found[left[core][0]] = labels[name]
+    if near:
+        notes.append(f"{len(near)} labels are matched by part of their name, such as {labels[near[0]].name}.")
+    orphans = [path for name, path in labels.items() if path not in found.values()]
+    notes += [f"{path}: has no image and is left out." for path in orphans]
+    return found
+
+
+def _nothing_matches(source: Path, images: Mapping[str, Path], folders: Iterable[str]) -> str:
+    names = []
+    for folder in ("images", *folders):
+        file = next(iter(files_below(source / folder)), None)
+        names.append(f"{folder}/ holds {'nothing' if file is None else file.name}")
+    remedy = "name them alike" if images else f"save them as {', '.join(IMAGE_SUFFIXES)} or a folder of DICOM each"
+    return f"{source}: no image has a label of the same name ({', '.join(names)}): {remedy}."
+
+
+def _check_names(images: Mapping[str, Path]) -> None:
+    """Refuse names that would be one in the output."""
+    counts = Counter(name.replace("/", "__").casefold() for name in images)
+    twice = [path for name, path in images.items() if counts[name.replace("/", "__").casefold()] > 1]
+    if twice:
+        raise InputError(f"{twice[0]}: would have the same name as {twice[1]} in the output: rename one of them.")
+
+
+def _left_over(images: Mapping[str, Path], labelled: Mapping[str, Path]) -> list[str]:
+    """What else is worth a word: images without label, and those that their EXIF tag turns."""
+    notes = []
+    bare = [name for name in images if name not in labelled]
+    if bare:
+        more = " ..." if len(bare) > SHOWN else ""
+        notes.append(
+            f"{len(bare)} images have no label and are listed as 'unlabelled': {', '.join(bare[:SHOWN])}{more}"
+        )
+    turned = [path.name for path in images.values() if path.name.lower().endswith(PICTURES) and is_turned(path)]
+    if turned:
+        notes.append(
+            f"{len(turned)} images are turned as their EXIF tag says, such as {turned[0]}: masks must lie on them "
+            "as a viewer shows them."
+        )
+    return notes
+
+
+def _survey(labels: Mapping[str, Mapping[str, Path]], raters: str | None) -> tuple[int, Coding]:
+    """Read all files of labels; return the number of raters in their bits, and what their values mean."""
+    paths = [path for found in labels.values() for path in found.values()]
+
+    def look(path: Path) -> tuple[int, MaskTraits] | None:
         try:
-            values, affine = _read_label(path, "bits")
-            _check_values(values, affine, path, "bits")
+            values, _, stored = _read_label(path, raters)
+            _check_channels(values, path, raters)
         except InputError:  # is named when the case is written
-            continue
-        highest = max(highest, int(values.max()))
-    return max(1, highest.bit_length())
+            return None
+        top = int(values.max()) if raters == "bits" else 1
+        return top.bit_length(), traits_of(path, values, stored)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        seen = [one for one in pool.map(look, paths) if one is not None]
+    if raters == "bits":
+        return max((bits for bits, _ in seen), default=1) or 1, Coding()
+    return 0, coding_of([traits for _, traits in seen])
 
 
-def _case(name: str, image: Path, masks: Mapping[str, Path], patient: str, raters: str | None, bits: int) -> Case:
+def _case(name: str, image: Path, masks: Mapping[str, Path], patient: str, how: Reading) -> Case:
     plain = name.replace("/", "__")
-    recipe = f"{raters} {bits}" if raters else " ".join(masks) if set(masks) - {"labels"} else ""
-    convert = partial(_convert, name=plain, image=image, masks=masks, raters=raters, bits=bits)
+    folders = " ".join(masks) if set(masks) - {"labels"} else ""
+    recipe = " ".join(part for part in (folders, how.recipe) if part)
+    convert = partial(_convert, name=plain, image=image, masks=masks, how=how)
     return Case(plain, patient, [image, *masks.values()], convert, None if masks else "unlabelled", recipe)
 
 
@@ -147,9 +251,7 @@ def _patient(name: str, pattern: str | None) -> str:
     return patient
 
 
-def _convert(
-    files: CaseFiles, name: str, image: Path, masks: Mapping[str, Path], raters: str | None, bits: int
-) -> list[dict[str, Any]]:
+def _convert(files: CaseFiles, name: str, image: Path, masks: Mapping[str, Path], how: Reading) -> list[dict[str, Any]]:
     """Write a case; copied where the training reads the format as it is, as NIfTI otherwise."""
     volume = load_image(image)
     item: dict[str, Any] = {"image": ""}
@@ -159,46 +261,63 @@ def _convert(
     else:
         item["image"] = files.nifti(volume.numpy(), to_affine_nd(3, volume.affine).numpy(), f"images/{name}.nii.gz")
     for folder, path in masks.items():
-        maps, affine = _read_label(path, raters)
+        maps, affine, _ = _read_label(path, how.raters, volume)
         size = tuple(volume.shape[:0:-1]) if affine is None else volume.shape[1:]  # a picture has its rows first
+        if maps.shape[1:] == size[::-1] != size and affine is None and is_turned(image):
+            raise InputError(
+                f"{path}: lies on {image.name} as it is stored, but its EXIF tag turns it: turn the mask as a viewer "
+                "shows the image, or take the tag off."
+            )
         same_size(path, maps.shape[1:], image, size)
-        _check_values(maps, affine, path, raters)
-        if raters is None:
-            written = _write_label(files, _binary(maps[0]), affine, f"{folder}/{name}")
+        _check_channels(maps, path, how.raters)
+        if how.raters is None:
+            written = _write_label(files, how.coding.labels(maps[0], path), affine, f"{folder}/{name}")
             item.update({"label": written} if folder == "labels" else {"labels": [*item.get("labels", []), written]})
         else:
-            several = [_binary(one) for one in maps] if raters == "channels" else _bits(maps[0], bits)
+            channels = [how.coding.labels(one, path) for one in maps]
+            several = channels if how.raters == "channels" else _bits(maps[0], how.bits)
             item["labels"] = [
                 _write_label(files, one, affine, f"labels_{i}/{name}") for i, one in enumerate(several, 1)
             ]
     return [item]
 
 
-def _read_label(path: Path, raters: str | None) -> tuple[np.ndarray, np.ndarray | None]:
-    """Read label values, with their channels first: (channels, rows, columns) of a picture or (channels, x, y, z).
+def _read_label(
+    path: Path, raters: str | None, image: MetaTensor | None = None
+) -> tuple[np.ndarray, np.ndarray | None, str]:
+    """Read the values of a mask, with their channels first: (channels, rows, columns) or (channels, x, y, z).
+
+    Args:
+        path: file.
+        raters: see :func:`find`.
+        image: (channels, *spatial), onto whose grid a volume is turned; default: it is left as it is stored.
 
     Returns:
-        The values, and the affine of a volume.
+        The values, the affine of a volume, and how they are stored (:class:`MaskTraits`).
 
     Raises:
         InputError: for a file that cannot be read, or pictures that hold no labels.
     """
-    if path.name.lower().endswith(PICTURES):
-        if raters and path.suffix.lower() in JPEG:
-            raise InputError(f"{path}: JPEG blurs what raters={raters!r} reads: save it as PNG.")
-        if raters == "channels":
-            values = np.asarray(open_picture(path))
-            return (values[None] if values.ndim == 2 else np.moveaxis(values, -1, 0)), None
-        return _picture_labels(path)[None], None
-    mask = load_image(path)
-    return mask.numpy(), to_affine_nd(3, mask.affine).numpy()
+    if not path.name.lower().endswith(PICTURES):
+        maps = [whole_numbers(one, str(path)) for one in load_image(path).split(1)]
+        if image is not None:
+            maps = [place_label(one, str(path), image) for one in maps]
+        return np.concatenate(maps), to_affine_nd(3, maps[0].affine).numpy(), "volume"
+    if raters == "channels":
+        values, stored = stored_values(path)
+        values = values[None] if values.ndim == 2 else np.moveaxis(values, -1, 0)
+    else:
+        grey, stored = mask_values(path, alpha=raters is None)
+        values = grey[None]
+    if raters and stored == "lossy":
+        raise InputError(f"{path}: JPEG blurs what raters={raters!r} reads: save it as PNG.")
+    if not np.issubdtype(values.dtype, np.unsignedinteger):
+        values = whole_numbers(MetaTensor(values.astype(np.float64)), str(path)).numpy()
+    return values, None, stored
 
 
-def _check_values(maps: np.ndarray, affine: np.ndarray | None, path: Path, raters: str | None) -> None:
-    """Refuse a volume that holds no label values, or several channels where they are not raters."""
-    if affine is None:
-        return
-    check_label_values(maps, path)
+def _check_channels(maps: np.ndarray, path: Path, raters: str | None) -> None:
+    """Refuse several channels where they are not raters."""
     if len(maps) != 1 and raters != "channels":
         raise InputError(f"{path}: a label map has one channel, this has {len(maps)}: save label values.")
 
@@ -213,22 +332,3 @@ def _write_label(files: CaseFiles, label: np.ndarray, affine: np.ndarray | None,
 def _bits(values: np.ndarray, number: int) -> list[np.ndarray]:
     """The mask of each rater from values whose bits are raters, the lowest first."""
     return [(values.astype(np.int64) >> i & 1).astype(np.uint8) for i in range(number)]
-
-
-def _binary(label: np.ndarray) -> np.ndarray:
-    """Masks of 0 and 255 become 0 and 1."""
-    return (label > 0).astype(np.uint8) if np.isin(label, (0, 255)).all() else label
-
-
-def _picture_labels(path: Path) -> np.ndarray:
-    """Label values (rows, columns) of a picture.
-
-    Raises:
-        InputError: for colours.
-    """
-    values = np.asarray(open_picture(path))
-    if values.ndim == 3:
-        if (values[..., :3] != values[..., :1]).any() and path.suffix.lower() not in JPEG:
-            raise InputError(f"{path}: holds colours: save label values, 0 for the background.")
-        values = values[..., 0]
-    return values > JPEG_CUT if path.suffix.lower() in JPEG else values

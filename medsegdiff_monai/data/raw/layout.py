@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ...cases import nifti_bytes
 from ...errors import InputError
 from ...files import write_atomically
-from ...results import nifti_bytes
 
-__all__ = ["Case", "CaseFiles", "Layout", "check_label_values", "same_size"]
+__all__ = ["Case", "CaseFiles", "Layout", "same_size"]
 
 
 class CaseFiles:
@@ -72,7 +72,7 @@ class CaseFiles:
     def label_picture(self, label: np.ndarray, relative: str) -> str:
         """Write a label map (rows, columns) as PNG; return its path for the data list."""
         self.note_values(label)
-        return self.picture(label.astype(np.uint8), relative)
+        return self.picture(label.astype(np.uint8 if label.max() < 2**8 else np.uint16), relative)
 
     def label_nifti(self, label: np.ndarray, affine: np.ndarray, relative: str) -> str:
         """Write a label map (*spatial) as NIfTI; return its path for the data list."""
@@ -116,6 +116,7 @@ class Layout:
         modality: channels and their names.
         regions: mask channels, where they are not the labels themselves.
         notes: what was left out or decided, in words.
+        ignore_label: value of voxels that nobody has labelled, where there are any.
     """
 
     edition: str
@@ -124,6 +125,7 @@ class Layout:
     modality: Mapping[str, str]
     regions: Mapping[str, Sequence[int]] | None = None
     notes: list[str] = field(default_factory=list)
+    ignore_label: int | None = None
 
 
 def same_size(path: Path, size: Sequence[int], image: Path, image_size: Sequence[int]) -> None:
@@ -134,15 +136,3 @@ def same_size(path: Path, size: Sequence[int], image: Path, image_size: Sequence
     """
     if tuple(size) != tuple(image_size):
         raise InputError(f"{path}: is {list(size)}, the image {image.name} {list(image_size)}: they must be equal.")
-
-
-def check_label_values(label: np.ndarray, path: Path) -> None:
-    """Refuse a mask whose values are no whole numbers from 0 to 65535.
-
-    Raises:
-        InputError: naming a value.
-    """
-    with np.errstate(invalid="ignore"):
-        bad = label[~((label >= 0) & (label <= 65535) & (label == np.round(label)))]
-    if bad.size:
-        raise InputError(f"{path}: holds {bad.flat[0]:g}, which is no label: save whole numbers, 0 for the background.")

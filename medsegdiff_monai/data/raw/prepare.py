@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import shlex
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,10 +17,10 @@ from tqdm import tqdm
 
 from ...errors import InputError
 from ...files import write_atomically
-from ..checks import SHOWN
 from ..datalist import hold_out
 from ..reading import read_json
-from . import brats, ddti, decathlon, folder, refuge
+from ..rules import SHOWN
+from . import brats, ddti, decathlon, folder, nnunet, refuge
 from .layout import Case, CaseFiles, Layout
 
 __all__ = ["KINDS", "prepare"]
@@ -29,6 +30,7 @@ KINDS: dict[str, Callable[..., Layout]] = {
     "brats": brats.find,
     "ddti": ddti.find,
     "decathlon": decathlon.find,
+    "nnunet": nnunet.find,
     "folder": folder.find,
 }
 RECORDS = ".prepared"  # folder of the output that tells which cases are finished
@@ -42,7 +44,7 @@ def prepare(kind: str, source: str, output: str, seed: int = 0, workers: int | N
     the rest for ``validation``.
 
     Args:
-        kind: ``refuge``, ``brats``, ``ddti``, ``decathlon`` or ``folder``.
+        kind: ``refuge``, ``brats``, ``ddti``, ``decathlon``, ``nnunet`` or ``folder``.
         source: folder of the raw data.
         output: folder to write to.
         seed: seed of the split.
@@ -144,6 +146,7 @@ def _content(layout: Layout, good: Sequence[tuple[Case, dict[str, Any]]], seed: 
         "modality": dict(layout.modality),
         "labels": dict(layout.labels or {str(v): f"label_{v}" if v else "background" for v in sorted({0, *values})}),
         **({"regions": {name: list(v) for name, v in layout.regions.items()}} if layout.regions else {}),
+        **({} if layout.ignore_label is None else {"ignore_label": layout.ignore_label}),
         "split": {"drawn_by_seed": seed, "images": len(drawn)} if drawn else "official",
         "numTraining": len(lists["training"]),
         "numTest": len(lists["test"]),
@@ -179,4 +182,4 @@ def _summarise(layout: Layout, content: dict[str, Any], output: Path) -> None:
         kinds = Counter(note.rsplit(":", 1)[-1].strip() for note in layout.notes[SHOWN:])
         print(*(f"  note: {n} more: {text}" for text, n in kinds.items()), sep="\n")
     print(f"Written: {output / 'dataset.json'}")
-    print(f"Next:    python -m medsegdiff_monai check --dataset {output} --write overlay.json")
+    print(f"Next:    python -m medsegdiff_monai check --dataset {shlex.quote(str(output))} --write overlay.json")

@@ -11,7 +11,8 @@ import numpy as np
 
 from ...errors import InputError
 from ...settings import as_bool
-from ..reading import PICTURES, files_below, open_picture, picture_values
+from ..pictures import PICTURES, open_picture, picture_values
+from ..reading import files_below
 from .layout import Case, CaseFiles, Layout, same_size
 
 __all__ = ["find"]
@@ -146,6 +147,8 @@ def _convert(files: CaseFiles, name: str, image: Path, mask: Path | None, crop: 
         return [{"image": files.copy(image, f"images/{name}{image.suffix.lower()}")}]
     grey = picture_values(mask)
     same_size(mask, grey.shape, image, (photograph.height, photograph.width))
+    if grey[[0, 0, -1, -1], [0, -1, 0, -1]].min() < 192:
+        raise InputError(f"{mask}: has no background in its corners, which is 255 in REFUGE's masks: replace it.")
     label = np.where(grey < 64, 2, np.where(grey < 192, 1, 0))
     if crop:
         window = _disc_window(label, mask)

@@ -1,0 +1,64 @@
+"""Bounds of what a file may claim: of memory, and of places on the disk."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+
+__all__ = ["MAX_INFLATION", "check_size", "inside", "memory_bytes"]
+
+MAX_INFLATION = 1100  # a deflated byte holds at most 1032
+MEMORY_SHARE = 4  # an image as float64 may fill one part in so many of the memory
+
+
+def memory_bytes() -> int:
+    """Physical memory of the machine, in bytes; 16 GiB where the system does not tell (Windows)."""
+    if not hasattr(os, "sysconf"):
+        return 16 * 2**30
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def inside(folder: Path, name: Any) -> Path:
+    """The file that a table or list names, which must lie below ``folder``.
+
+    Raises:
+        InputError: for a path that leads elsewhere.
+    """
+    if not isinstance(name, str) or not name or "\0" in name:
+        raise InputError(f"{folder}: {str(name)[:100]!r} is no file name: correct the list.")
+    base = os.path.abspath(folder)
+    path = os.path.abspath(os.path.join(base, name))
+    if not path.startswith(base + os.sep):
+        raise InputError(f"{folder}: the path {name[:200]!r} leads out of the folder: give paths inside it.")
+    return Path(path)
+
+
+def check_size(path: Path, shape: Sequence[int], item_bytes: int, available: float) -> None:
+    """Refuse an image that claims more voxels than its file or the memory can hold.
+
+    Args:
+        path: file or folder, for messages.
+        shape: voxels along each axis.
+        item_bytes: of a voxel, with all of its channels.
+        available: bytes of voxels that the file can hold.
+
+    Raises:
+        InputError: for that, and for axes of no voxel.
+    """
+    if not shape or min(shape) < 1:
+        raise InputError(f"{path}: claims the size {list(shape)}: replace the file, its header is damaged.")
+    voxels = math.prod(int(n) for n in shape)
+    if voxels * item_bytes > available:
+        raise InputError(
+            f"{path}: claims {list(shape)} voxels, more than the file can hold: replace it, it is truncated or forged."
+        )
+    if voxels * 8 > memory_bytes() // MEMORY_SHARE:
+        raise InputError(
+            f"{path}: {list(shape)} voxels need {voxels * 8 / 2**30:.1f} GiB, more than a quarter of the memory: "
+            "crop or resample the image."
+        )

@@ -1,0 +1,1 @@
+"""The report of an evaluation or inference: ``report.html``, and what the log says."""

@@ -1,0 +1,73 @@
+"""The few lines that the log says of all cases."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from .statistics import FAILED, ClassScores, Row, class_scores, mean_of, unit_of
+
+__all__ = ["caution", "summary_lines"]
+
+CHOSE_WEIGHTS = (
+    "These cases chose the weights and their calibration: scores of new cases will be somewhat lower. "
+    "Report scores of a list that the training did not see."
+)
+TRAINED = "The weights were trained on these cases: the scores say nothing of new ones."
+
+
+def caution(split: str | None, chose_weights: bool) -> str:
+    """What to keep in mind of scores on a list, if anything."""
+    return TRAINED if split == "training" else CHOSE_WEIGHTS if chose_weights else ""
+
+
+def _cells(scores: ClassScores) -> list[str]:
+    distance = "" if math.isnan(scores.hd95) else f"{scores.hd95:.2f}"
+    return [scores.name, f"{scores.mean:.3f}", f"{scores.median:.3f}", f"{scores.below:.0%}", distance]
+
+
+def _aligned(table: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table: the first column to the left, the others to the right; columns without values are left out."""
+    columns = [column for column in zip(*table) if any(column[1:])]
+    widths = [max(map(len, column)) for column in columns]
+    rows = zip(*columns)
+    return ["  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))]) for row in rows]
+
+
+def summary_lines(
+    rows: Sequence[Row],
+    names: Sequence[str],
+    *,
+    report: str | Path | None = None,
+    split: str | None = None,
+    chose_weights: bool = False,
+    number_worst: int = 3,
+) -> list[str]:
+    """Say what was scored and how well, which cases are worst, and where the report is.
+
+    Args:
+        rows: of ``cases.csv``.
+        names: of the classes.
+        report: the report, if there is one.
+        split: list that was scored: ``training``, ``validation`` or ``test``.
+        chose_weights: whether that list chose the weights.
+        number_worst: how many of the worst cases are named.
+
+    Returns:
+        Lines for the log; without labels only how many cases there are, and how many are flagged.
+    """
+    scores = class_scores(rows, names)
+    cases = f"{len(rows)} case{'s' * (len(rows) != 1)}"
+    lines = [f"Scored: {cases} of the list '{split}'." if split and scores else f"Segmented: {cases}."]
+    if scores:
+        lines += list(filter(None, [caution(split, chose_weights)]))
+        head = ["class", "mean Dice", "median", f"below {FAILED:g}", f"median HD95 ({unit_of(rows)})"]
+        lines += _aligned([head, *map(_cells, scores)])
+        worst = sorted((dice, str(row["case"])) for row in rows if not math.isnan(dice := mean_of(row, "dice", names)))
+        named = ", ".join(f"{case} (Dice {dice:.3f})" for dice, case in worst[:number_worst])
+        lines += [f"Worst: {named}."]
+    flagged = sum(bool(row.get("flag")) for row in rows)
+    if any("flag" in row for row in rows):
+        lines.append(f"Flagged, to be looked at: {flagged or 'none'} of {cases}.")
+    return lines + ([f"Report: {report}"] if report is not None else [])

@@ -1,0 +1,129 @@
+"""The tables of the report, as texts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from .statistics import FAILED, Grading, Row, class_scores, mean_of, number, unit_of
+
+__all__ = ["cases_table", "class_table", "expected_table", "grading_table", "structure_table"]
+
+MAX_MISSES, MAX_UNSURE = 20, 10  # structures that are shown
+SIZES = {"volume_mm3": "volume (mm³)", "volume_px": "volume (px)", "area_mm2": "area (mm²)", "area_px": "area (px)"}
+Table = dict[str, list]
+
+
+def _text(value: float, form: str = ".3f") -> str:
+    return "" if math.isnan(value) else "∞" if math.isinf(value) else format(value, form)
+
+
+def _without_empty(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """Leave out the columns that no row has a value in."""
+    kept = [i for i in range(len(head)) if any(row[i] for row in rows)]
+    return {"head": [head[i] for i in kept], "rows": [[row[i] for i in kept] for row in rows]}
+
+
+def class_table(rows: Sequence[Row], names: Sequence[str], unit: str, tolerance: float) -> Table:
+    """Scores of each class."""
+    head = ["class", "cases", "mean Dice", "median Dice", f"below {FAILED:g}", f"median HD95 ({unit})"]
+    lines = [
+        [s.name, str(s.cases), _text(s.mean), _text(s.median), _text(s.below, ".0%"), _text(s.hd95, ".2f"),
+         _text(s.nsd), _text(s.ece_band)]
+        for s in class_scores(rows, names)
+    ]  # fmt: skip
+    return _without_empty([*head, f"mean NSD ({tolerance:g} {unit})", "mean ECE in band"], lines)
+
+
+def expected_table(rows: Sequence[Row], names: Sequence[str]) -> Table:
+    """Expected Dice of each class, where there are no labels."""
+    lines = []
+    for name in names:
+        values = sorted(v for row in rows if not math.isnan(v := number(row, f"expected_dice_{name}")))
+        if values:
+            below = sum(v < FAILED for v in values) / len(values)
+            mean, median = sum(values) / len(values), values[len(values) // 2]
+            lines.append([name, str(len(values)), _text(mean), _text(median), _text(values[0]), _text(below, ".0%")])
+    return _without_empty(
+        ["class", "cases", "mean expected Dice", "median", "least", f"expected below {FAILED:g}"], lines
+    )
+
+
+def grading_table(gradings: Sequence[Grading]) -> Table:
+    """How well the expected Dice tells the true one."""
+    head = ["class", "cases", "mean error", "rank correlation", "AURC", "E-AURC", "mean 1 − Dice"]
+    lines = [
+        [g.name, str(len(g.true)), _text(g.error), _text(g.correlation, ".2f"), _text(g.aurc, ".4f"),
+         _text(g.excess_aurc, ".4f"), _text(sum(g.risk) / len(g.risk), ".4f")]
+        for g in gradings
+    ]  # fmt: skip
+    return _without_empty(head, lines)
+
+
+def structure_table(structures: Sequence[Row]) -> tuple[str, Table]:
+    """The structures to look at: possible misses, the most likely first, and the least sure ones of the masks."""
+    missed = [row for row in structures if row["kind"] == "possible miss"]
+    found = [row for row in structures if row["kind"] != "possible miss"]
+    text = f"In the masks: {len(found)}. Possible misses, which only some members have: {len(missed) or 'none'}."
+    missed = sorted(missed, key=lambda row: (-number(row, "share_of_members"), -number(row, "size")))
+    found = sorted(found, key=lambda row: number(row, "mean_probability"))
+    shown = missed[:MAX_MISSES] + found[:MAX_UNSURE]
+    if len(shown) < len(structures):
+        text += " Here are the most likely misses, and the least sure of the others."
+    head = ["case", "class", "kind", "size", "largest diameter", "centre (voxel)", "centre (mm)", "mean probability",
+            "share of members"]  # fmt: skip
+    return text, _without_empty(head, [_structure(row) for row in shown])
+
+
+def _structure(row: Row) -> list[str]:
+    unit = str(row["unit"])
+    dims = len(str(row["centre_voxel"]).split())
+    power = {"mm": f" mm{'²³'[dims - 2]}"}.get(unit, f" {unit}")
+    return [
+        str(row["case"]), str(row["class"]), str(row["kind"]), _text(number(row, "size"), ".4g") + power,
+        f"{_text(number(row, 'largest_diameter'), '.4g')} {unit}", str(row["centre_voxel"]), str(row["centre_mm"]),
+        _text(number(row, "mean_probability"), ".2f"), _text(number(row, "share_of_members"), ".0%"),
+    ]  # fmt: skip
+
+
+def _cell(value: float, form: str) -> dict[str, str]:
+    sortable = "" if math.isnan(value) else "Infinity" if math.isinf(value) else repr(value)
+    return {"text": _text(value, form), "value": sortable, "kind": "", "link": ""}
+
+
+def _word(text: str, kind: str = "text", link: str = "") -> dict[str, str]:
+    return {"text": text, "value": text, "kind": kind, "link": link}
+
+
+def cases_table(rows: Sequence[Row], names: Sequence[str], link: Callable[[str], str]) -> dict[str, list]:
+    """The main columns of all cases, for a table that is sorted by numbers or by texts.
+
+    Args:
+        rows: of ``cases.csv``.
+        names: of the classes.
+        link: where the picture of a case is, relative to the page; empty where there is none.
+    """
+    unit = unit_of(rows)
+    columns = [("expected Dice", ".3f", lambda row: mean_of(row, "expected_dice", names))]
+    columns += [("Dice", ".3f", lambda row: mean_of(row, "dice", names))] if len(names) > 1 else []
+    scores = {"dice": ("Dice", ".3f"), "hd95": (f"HD95 ({unit})", ".2f"), "nsd": ("NSD", ".3f")}
+    for score, (word, form) in {**scores, **{size: (word, ".4g") for size, word in SIZES.items()}}.items():
+        for name in names:
+            title = f"{word} {name}" if len(names) > 1 else word
+            columns.append((title, form, _reader(f"{score}_{name}")))
+    kept = [c for c in columns if any(not math.isnan(c[2](row)) for row in rows)]
+    flagged = any(row.get("flag") for row in rows)
+    head = [{"text": "case", "kind": "text", "sort": "text"}]
+    head += [{"text": "why it is flagged", "kind": "text", "sort": "text"}] if flagged else []
+    head += [{"text": title, "kind": "", "sort": "number"} for title, _, _ in kept]
+    body = []
+    for row in rows:
+        case = str(row["case"])
+        line = [_word(case, link=link(case))]
+        line += [_word(str(row.get("flag") or ""), "text flag")] if flagged else []
+        body.append(line + [_cell(read(row), form) for _, form, read in kept])
+    return {"head": head, "rows": body}
+
+
+def _reader(column: str) -> Callable[[Row], float]:
+    return lambda row: number(row, column)

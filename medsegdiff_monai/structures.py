@@ -1,0 +1,111 @@
+"""Connected components of a segmented case, one by one, with what the members say of each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import ndimage
+from scipy.spatial import ConvexHull, QhullError
+from scipy.spatial.distance import pdist
+from torch import Tensor
+
+from .fusion import binary_entropy
+
+__all__ = ["COLUMNS", "structures"]
+
+COLUMNS = (
+    "class", "structure", "kind", "voxels", "size", "unit", "largest_diameter", "centre_voxel", "centre_mm",
+    "mean_probability", "share_of_members", "mean_entropy_bits",
+)  # fmt: skip
+
+
+def structures(
+    names: Sequence[str], masks: Tensor, member_masks: Tensor, probability: Tensor, affine: np.ndarray, unit: str = "mm"
+) -> list[dict[str, Any]]:
+    """Describe each connected component of each class (of 8 or 26 neighbours), the largest first.
+
+    ``kind`` is ``in the mask``, or ``possible miss``: a component of what any member has that nowhere meets the mask.
+
+    Args:
+        names: of the classes.
+        masks: what is written, boolean or {0, 1}, (classes, *spatial).
+        member_masks: boolean (members, classes, *spatial).
+        probability: calibrated, (classes, *spatial).
+        affine: (4, 4), voxel to millimetres, RAS+.
+        unit: of lengths, ``mm`` or ``px``.
+
+    Returns:
+        Rows with ``COLUMNS``: ``size`` in mm^3 (mm^2, pixels), ``largest_diameter`` between voxel centres in ``unit``,
+        ``centre_voxel`` and ``centre_mm`` as numbers with spaces between them, ``mean_probability`` and
+        ``mean_entropy_bits`` over the component's voxels, ``share_of_members`` that have any of its voxels.
+    """
+    rows = []
+    for k, name in enumerate(names):
+        mask, members = masks[k].cpu() > 0, member_masks[:, k].cpu()
+        anywhere = _components((members.any(0) | mask).numpy(), affine)
+        missed = [region for region in anywhere if not mask[region.voxels].any()]
+        for kind, regions in (("in the mask", _components(mask.numpy(), affine)), ("possible miss", missed)):
+            for number, region in enumerate(regions, start=1):
+                said = _said(region, members, probability[k].cpu())
+                rows.append({"class": name, "structure": number, "kind": kind, **region.row(affine, unit), **said})
+    return rows
+
+
+class _Region:
+    """A component: its voxels as an index, (axes) of arrays, and its largest diameter."""
+
+    def __init__(self, voxels: tuple[np.ndarray, ...], diameter: float) -> None:
+        self.voxels = voxels
+        self.diameter = diameter
+
+    def row(self, affine: np.ndarray, unit: str) -> dict[str, Any]:
+        centre = np.mean(self.voxels, axis=1)
+        dims = len(centre)
+        place = affine @ np.array([*centre, *[0.0] * (3 - dims), 1.0])
+        step = np.linalg.norm(affine[:3, :dims], axis=0).prod() if unit == "mm" else 1.0
+        return {
+            "voxels": (count := len(self.voxels[0])),
+            "size": round(float(count * step), 3),
+            "unit": unit,
+            "largest_diameter": round(self.diameter, 2),
+            "centre_voxel": " ".join(f"{x:.1f}" for x in centre),
+            "centre_mm": " ".join(f"{x:.1f}" for x in place[:3]) if unit == "mm" else "",
+        }
+
+
+def _said(region: _Region, members: Tensor, probability: Tensor) -> dict[str, float]:
+    inside = probability[region.voxels].float()
+    have = torch.stack([member[region.voxels].any() for member in members])
+    return {
+        "mean_probability": round(float(inside.mean()), 4),
+        "share_of_members": round(float(have.float().mean()), 4),
+        "mean_entropy_bits": round(float(binary_entropy(inside).mean()), 4),
+    }
+
+
+def _components(mask: np.ndarray, affine: np.ndarray) -> list[_Region]:
+    """The components of a mask, the largest first."""
+    labelled, _ = ndimage.label(mask, np.ones([3] * mask.ndim))
+    found = []
+    for number, box in enumerate(ndimage.find_objects(labelled), start=1):
+        inside = np.nonzero(labelled[box] == number)
+        found.append(tuple(axis + part.start for axis, part in zip(inside, box)))
+    steps = affine[:3, : mask.ndim]
+    return [_Region(v, _diameter(np.transpose(v) @ steps.T)) for v in sorted(found, key=lambda v: -len(v[0]))]
+
+
+def _diameter(points: np.ndarray) -> float:
+    """Largest distance between two of the points (n, 3)."""
+    spread = points - points.mean(0)
+    axes = np.linalg.svd(spread.T @ spread)[0]
+    flat = spread @ axes  # principal axes first: what lies in a plane or on a line has no hull in space
+    rank = int((np.ptp(flat, axis=0) > 1e-6 * max(np.ptp(flat), 1e-12)).sum())
+    if len(points) > 16 and rank > 1:
+        try:
+            flat = flat[ConvexHull(flat[:, :rank]).vertices]
+        except QhullError:  # nearly flat: all points are compared
+            pass
+    return float(pdist(flat).max()) if len(flat) > 1 else 0.0

@@ -1,0 +1,125 @@
+"""From a data set to masks in a few commands, each of which runs the bundle and says how to do so without it."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from monai.bundle import run
+
+from .configs import read_config, to_be_set
+from .data.report import check
+from .errors import InputError
+from .files import write_atomically
+from .settings import find_bundle_root
+from .variables import VARIABLES
+
+__all__ = ["copy_bundle", "evaluate", "train", "trained_files"]
+
+OVERLAY = "overlay.json"  # in the folder of a training
+WEIGHTS = "models/model.pt"
+OF_A_RUN = ("device", "amp", "seed")  # of a training, and not of what is done with its weights
+
+
+def trained_files(folder: str | Path) -> tuple[str, str]:
+    """Return overlay and weights that :func:`train` has written to a folder.
+
+    Raises:
+        InputError: where they are not there.
+    """
+    files = [Path(folder) / OVERLAY, Path(folder) / WEIGHTS]
+    for file in files:
+        if not file.is_file():
+            raise InputError(f"{file}: no such file: give the folder that `medsegdiff train` has written to, finished.")
+    return str(files[0]), str(files[1])
+
+
+def train(dataset: str, output: str, bundle_root: str | None = None, **override: Any) -> None:
+    """Check a data set, choose the settings that fit it, and train.
+
+    Args:
+        dataset: folder that holds ``dataset.json``.
+        output: folder for overlay, weights, pictures, curves and report.
+        bundle_root: the bundle's folder; by default the one in the working directory, else the installed one.
+        **override: config variables, which take precedence over the chosen settings.
+
+    Raises:
+        InputError: for faults of the data, and variables that do not fit, before anything is trained.
+    """
+    root = bundle_root or find_bundle_root()
+    overlay = Path(output) / OVERLAY
+    check(dataset, str(overlay))
+    _keep(overlay, override)
+    where = {"bundle_root": root, "dataset_dir": dataset, "output_dir": output, "ckpt_dir": f"{output}/models"}
+    _run("training", [f"{root}/configs/train.json", str(overlay)], {**where, **override})
+    print(f"Report: {output}/report.md")
+    for command, what in (("evaluate", shlex.quote(dataset)), ("segment", "IMAGE")):
+        print(f"Next:   medsegdiff {command} {what} --trained {shlex.quote(output)} --output_dir OUT")
+
+
+def _keep(overlay: Path, override: Mapping[str, Any]) -> None:
+    """Put into an overlay what evaluation and inference of that training need, too."""
+    needed = {name: VARIABLES[name].read(value) for name, value in override.items() if _is_needed(name)}
+    content = {**json.loads(overlay.read_text()), **needed}
+    write_atomically(overlay, (json.dumps(content, indent=4) + "\n").encode())
+
+
+def _is_needed(name: str) -> bool:
+    return name in VARIABLES and {"evaluate", "inference"} <= set(VARIABLES[name].configs) and name not in OF_A_RUN
+
+
+def evaluate(
+    dataset: str, output: str, trained: str | None = None, bundle_root: str | None = None, **override: Any
+) -> None:
+    """Segment and score the cases of a data set.
+
+    Args:
+        dataset: folder that holds ``dataset.json``.
+        output: folder for masks, tables and report.
+        trained: folder of a training; by default the bundle's weights are scored.
+        bundle_root: see :func:`train`.
+        **override: config variables.
+
+    Raises:
+        InputError: for faults of the data, and variables that do not fit, before anything is segmented.
+    """
+    root = bundle_root or find_bundle_root()
+    files, where = (
+        [f"{root}/configs/evaluate.json"],
+        {"bundle_root": root, "dataset_dir": dataset, "output_dir": output},
+    )
+    if trained is not None:
+        overlay, where["checkpoint"] = trained_files(trained)
+        files.append(overlay)
+    _run("evaluating", files, {**where, **override})
+
+
+def _run(what: str, files: Sequence[str], variables: dict[str, Any]) -> None:
+    given = to_be_set(variables)
+    read_config(files, **given)
+    listed = "[" + ",".join(f"'{file}'" for file in files) + "]"
+    words = [f"--{name} {shlex.quote(str(value))}" for name, value in variables.items()]
+    print(f"Runs: python -m monai.bundle run {what} --config_file {shlex.quote(listed)} {' '.join(words)}", flush=True)
+    run(what, config_file=list(files), **given)
+
+
+def copy_bundle(output: str, bundle_root: str | None = None) -> None:
+    """Write a copy of the bundle, to be changed and trained.
+
+    Args:
+        output: folder to write, which must not be there.
+        bundle_root: see :func:`train`.
+
+    Raises:
+        InputError: where it is there.
+    """
+    if Path(output).exists():
+        raise InputError(f"{output}: is there already: choose another folder, or remove it.")
+    shutil.copytree(bundle_root or find_bundle_root(), output)
+    print(f"Written: {output}")
+    where = f"--config_file {shlex.quote(output + '/configs/train.json')} --bundle_root {shlex.quote(output)}"
+    print(f"Next:    python -m monai.bundle run training {where} --dataset_dir DIR")

@@ -1,0 +1,148 @@
+"""Inference reads each image once, when its turn has come."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from monai.bundle import ConfigParser
+
+from medsegdiff_monai.data import CaseDataset, CaseList, CaseLoader, DataSpec, FileReader, inference_items
+from medsegdiff_monai.errors import InputError
+
+from .conftest import CONFIGS, PICTURE_SETTINGS, ROOT, TINY, VOLUME_SETTINGS
+from .test_bad_input import message
+
+RGB = DataSpec(2, 3, 1)
+
+
+def fill(folder: Path, source: Path, number: int) -> Path:
+    """Copies of a picture, the second of them damaged."""
+    folder.mkdir()
+    for i in range(number):
+        shutil.copy(source, folder / f"case_{i:03d}.png")
+    (folder / "case_001.png").write_bytes(source.read_bytes()[:200])
+    return folder
+
+
+def preprocessing(**settings):
+    parser = ConfigParser()
+    parser.read_config(str(CONFIGS / "inference.json"))
+    parser.update({"bundle_root": str(ROOT / "bundle"), **TINY, **settings})
+    return parser.get_parsed_content("preprocessing")
+
+
+def loader(folder: Path, **kwargs) -> CaseLoader:
+    items = [{"image": str(path), "case": path.stem} for path in sorted(folder.iterdir())]
+    dataset = CaseDataset(CaseList(items), preprocessing(**PICTURE_SETTINGS), RGB)
+    return CaseLoader(dataset, **kwargs)
+
+
+@pytest.fixture
+def weights(tmp_path) -> Path:
+    parser = ConfigParser()
+    parser.read_config(str(CONFIGS / "inference.json"))
+    parser.update({"bundle_root": str(ROOT / "bundle"), **TINY, **PICTURE_SETTINGS})
+    (tmp_path / "models").mkdir()
+    torch.save(parser.get_parsed_content("network_def").state_dict(), tmp_path / "models" / "model.pt")
+    return tmp_path / "models"
+
+
+class Opened:
+    """The files that this process opens, in turn, with a mark where the first mask is in its place."""
+
+    def __init__(self) -> None:
+        self.active, self.names = False, []
+        sys.addaudithook(self)  # for good: there is no way to remove it
+
+    def __call__(self, event: str, arguments: tuple) -> None:
+        if self.active and event == "open" and isinstance(arguments[0], str):
+            self.names.append(Path(arguments[0]).name)
+        if self.active and event == "os.rename" and str(arguments[1]).endswith("_seg.nii.gz"):
+            self.names.append("mask")
+
+
+@pytest.fixture(scope="module")
+def opened() -> Opened:
+    return Opened()
+
+
+def test_the_first_mask_does_not_wait_for_the_other_images(bundle, pictures, weights, opened, tmp_path):
+    before = []
+    for number in (3, 40):
+        folder = fill(tmp_path / f"of_{number}", pictures / "image_0.png", number)
+        opened.names.clear()
+        opened.active = True
+        with pytest.raises(RuntimeError) as error:  # for the damaged one, in the end
+            bundle("inference", tmp_path / f"out_{number}", dataset_dir=folder, outputs=["seg"], **PICTURE_SETTINGS)
+        opened.active = False
+        assert "1 case was skipped" in message(error.value)
+        until = opened.names[: opened.names.index("mask")]
+        before.append(Counter(name for name in until if name.startswith("case_") and name.endswith(".png")))
+    assert before[0] == before[1] and before[0].keys() == {"case_000.png"}
+
+
+def test_the_voxels_of_each_image_are_read_once(bundle, volumes, weights, tmp_path, monkeypatch):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for i in range(3):
+        shutil.copy(volumes / f"image_{i}.nii.gz", folder)
+    parser = ConfigParser()
+    parser.read_config(str(CONFIGS / "inference.json"))
+    parser.update({"bundle_root": str(ROOT / "bundle"), **TINY, **VOLUME_SETTINGS})
+    torch.save(parser.get_parsed_content("network_def").state_dict(), weights / "model.pt")
+    read, original = [], FileReader.get_data
+    monkeypatch.setattr(FileReader, "get_data", lambda self, img: read.append(str(img)) or original(self, img))
+    out = bundle("inference", dataset_dir=folder, **VOLUME_SETTINGS)
+    assert len(read) == len(set(read)) == 3 and len(list(out.rglob("*_overlay.png"))) == 3
+
+
+def test_files_that_are_no_images_are_named(pictures, tmp_path, capsys):
+    folder = fill(tmp_path / "data", pictures / "image_0.png", 3)
+    (folder / "notes.txt").write_text("x")
+    (folder / "scan.img").write_bytes(bytes(200))
+    (folder / "case_000.raw").write_bytes(bytes(200))
+    cases = inference_items(str(folder), RGB, str(tmp_path / "out"), "model.pt")
+    assert [item["case"] for item in cases] == ["case_000", "case_001", "case_002"]
+    assert "left out, since they are no images of a kind that is read: notes.txt, scan.img." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_cases_that_cannot_be_read_are_named_and_left_out(workers, pictures, tmp_path, caplog):
+    cases = loader(fill(tmp_path / "data", pictures / "image_0.png", 5), num_workers=workers)
+    for _ in range(2):
+        cases.cases.faults.clear()
+        found = [batch["case"][0] for batch in cases]
+        assert found == ["case_000", "case_002", "case_003", "case_004"]
+        assert len(cases.cases.faults) == 1
+        with pytest.raises(InputError, match=r"1 case was skipped: .*case_001.png: cannot be read"):
+            cases.cases.report()
+    assert "skipped: " in caplog.text and "case_001.png" in caplog.text
+
+
+def test_each_case_is_checked_against_the_variables(pictures, volumes, tmp_path):
+    items = [
+        {"image": str(path), "case": "c"} for path in (pictures / "label_0.png", volumes / "image_0.nii.gz", "x.png")
+    ]
+    cases = CaseList(items)
+    dataset = CaseDataset(cases, preprocessing(**PICTURE_SETTINGS), DataSpec(2, 4, 1))
+    assert list(CaseLoader(dataset)) == []
+    with pytest.raises(InputError, match=r"3 cases were skipped") as error:
+        cases.report()
+    lines = str(error.value).splitlines()
+    assert "in_channels=4" in lines[1] and "3 spatial axes" in str(error.value) and "no such file" in lines[-1]
+
+
+def test_the_image_in_its_own_grid_comes_along_unchanged(volumes):
+    items = CaseList([{"image": str(volumes / "image_0.nii.gz"), "case": "c"}])
+    dataset = CaseDataset(items, preprocessing(spacing=[2.0, 2.0, 2.0]), DataSpec(3, 1, 2))
+    import nibabel as nib
+
+    image = nib.load(volumes / "image_0.nii.gz")
+    torch.testing.assert_close(dataset[0]["source"][0].numpy(), image.get_fdata(dtype="float32"))
+    assert abs(dataset[0]["source"].affine.numpy() - image.affine).max() < 1e-5
+    assert dataset[0]["image"].shape != dataset[0]["source"].shape
