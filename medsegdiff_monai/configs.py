@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from monai.bundle import ConfigComponent, ConfigParser, ConfigWorkflow, ReferenceResolver, create_workflow, run
-from monai.bundle.utils import DEFAULT_MLFLOW_SETTINGS, merge_kv
+from monai.bundle.utils import merge_kv
 from monai.utils import OptionalImportError, ensure_tuple
 
 from .errors import InputError, find_input_error
@@ -41,6 +41,7 @@ PARTS = {
     "displayable_configs": {"fusion", "num_members", "num_steps"},
 }  # fmt: skip
 OPTIONS_OF_RUN = set(inspect.signature(run).parameters) - {"override"}
+TRACKING = {"experiment_name", "is_not_rank0", "run_name", "save_execute_config", "tracking_uri"}  # MLflow's
 SPECIAL = ("$", "@", "%")  # at the beginning of a text, MONAI takes it for code, a reference or a macro
 
 
@@ -217,7 +218,7 @@ def _slips(content: Mapping[str, Any], config: str, entries: Iterable[str]) -> I
     mine = {name for name, variable in VARIABLES.items() if config in variable.configs or config not in CONFIGS}
     for group, parts in PARTS.items():
         members = content.get(group) if group else content
-        known = parts if group else {*parts, *VARIABLES, *DEFAULT_MLFLOW_SETTINGS["configs"]}
+        known = parts if group else {*parts, *VARIABLES, *TRACKING}
         for name in members if isinstance(members, Mapping) else ():
             id = f"{group}::{name}" if group else name
             if name not in known and not name.startswith("_") and not any(_touch(id, other) for other in used):
@@ -282,7 +283,8 @@ def read_config(config_file: str | Path | Sequence[str | Path], **override: Any)
 
 def _put(parser: ConfigParser, name: str, value: Any, where: str) -> None:
     """Set a value by its id, whose last part alone may be new."""
-    content, *parts = parser.get(), *ReferenceResolver.split_id(name.removeprefix("+"))
+    content: Any = parser.get()
+    parts = ReferenceResolver.split_id(name.removeprefix("+"))
     for part in parts[:-1]:
         inner = content.get(part) if isinstance(content, Mapping) else None
         if isinstance(content, list) and part.isdigit() and int(part) < len(content):

@@ -112,7 +112,7 @@ class Segmenter(nn.Module):
             image: (batch, channels, *spatial), preprocessed as the bundle's ``inference.json`` says.
 
         Returns:
-            Probability of each class, (batch, classes, *spatial).
+            Probability of each class, calibrated where the training has left a calibration, (batch, classes, *spatial).
         """
         if image.dim() != len(self.roi_size) + 2:
             raise ValueError(f"image of shape {list(image.shape)} is not (batch, channels, {len(self.roi_size)} axes).")
@@ -126,7 +126,7 @@ class Segmenter(nn.Module):
         out = self._whole(padded, self.noise) if list(padded.shape[2:]) == self.roi_size else self._windows(padded)
         for axis, start in enumerate(before):
             out = out.narrow(axis + 2, start, image.shape[axis + 2])
-        return out
+        return self.network.record(out)
 
     def _windows(self, image: Tensor) -> Tensor:
         """Cover a field (batch, channels, *field) as MONAI's ``sliding_window_inference`` does."""

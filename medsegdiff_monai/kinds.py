@@ -255,8 +255,9 @@ class ListOf(Kind):
         return f"a list{number}, each {self.kind.allowed}"
 
     def read(self, value: Any) -> list[Any]:
-        """Return a list; words with commas between them are one, too."""
+        """Return a list; words with commas between them are one, too, and so is one of the words that may be chosen."""
         values = literal(value)
+        values = [values] if isinstance(self.kind, Choice) and isinstance(values, str) else values
         if not isinstance(values, (list, tuple)) or not self.least <= len(values) <= self.most:
             raise ValueError
         return [self.kind.read(v) for v in values]

@@ -249,7 +249,7 @@ class FuseMembersd(MapTransform):
             (:meth:`medsegdiff_monai.fusion.MemberSummary.fuse`).
         invert: undoes the preprocessing of the image for the same key, such as MONAI's ``Invertd``. It gets one member
             at a time, so that not all of them are in memory on the input's grid.
-        calibrate: takes the members' mean (classes, *spatial) to calibrated probabilities, such as a network's
+        calibrate: takes the members' mean (1, classes, *spatial) to calibrated probabilities, such as a network's
             :class:`medsegdiff_monai.networks.TrainingRecord`; default: they are the mean itself.
     """
 
@@ -282,7 +282,7 @@ class FuseMembersd(MapTransform):
         plain = (m.as_tensor() if isinstance(m, MetaTensor) else m for m in chain([first], members))
         summary = MemberSummary(plain, self.regions.binarise)
         masks = self.regions.binarise(summary.fuse(self.fusion))
-        probability = summary.mean if self.calibrate is None else self.calibrate(summary.mean)
+        probability = summary.mean if self.calibrate is None else self.calibrate(summary.mean[None])[0]
         maps = {
             key: self.regions.label_map(masks),
             "mask": masks.float(),

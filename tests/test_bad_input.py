@@ -188,15 +188,6 @@ def test_on_the_command_line_the_message_comes_alone_and_the_exit_code_is_not_ze
     assert list(tmp_path.iterdir()) == []
 
 
-def test_outside_of_the_bundle_its_root_is_asked_for_and_nothing_is_written(tmp_path):
-    done = command(
-        "monai.bundle", "run", "--config_file", CONFIGS / "inference.json", "--dataset_dir", ROOT, cwd=tmp_path
-    )
-    assert done.returncode == 1
-    assert "--bundle_root" in done.stderr and "Traceback" not in done.stderr
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_segment_without_an_image_says_what_it_wants(tmp_path):
     done = command("medsegdiff_monai", "segment", "--output_dir", tmp_path / "out", cwd=ROOT)
     assert done.returncode == 1 and "at least one image" in done.stderr and "Traceback" not in done.stderr

@@ -204,7 +204,7 @@ def test_command_says_what_is_wrong(tmp_path):
     assert not list(tmp_path.iterdir())
     write_weights(tmp_path / "model.pt", CASES["2D"])
     (tmp_path / "model.ts").mkdir()
-    with pytest.raises(InputError, match=r"model\.ts: cannot be written \(.*choose another --output"):
+    with pytest.raises(InputError, match=r"model\.ts: cannot be written"):
         export(
             str(tmp_path / "model.ts"),
             bundle_root=str(ROOT / "bundle"),

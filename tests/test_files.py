@@ -127,6 +127,7 @@ def guarded(folder: Path, step, **kwargs) -> Engine:
     return engine
 
 
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_a_run_with_advice_and_puts_all_back(number, code, tmp_path):
     before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]

@@ -48,7 +48,7 @@ def test_a_single_member_is_compared_with_its_probability() -> None:
 
 def test_a_record_that_knows_nothing_changes_nothing() -> None:
     probability = torch.rand(1, 5, 5)
-    assert torch.equal(TrainingRecord(2, 1, 1)(probability), probability)
+    assert torch.equal(TrainingRecord(2, 1, 1)(probability[None])[0], probability)
     assert torch.equal(grade(torch.tensor([0.8])).expected, torch.tensor([0.8]).double())
 
 
@@ -61,7 +61,7 @@ def test_calibration_recovers_the_frequencies_and_keeps_the_order() -> None:
     for part in range(4):  # cases
         rows = slice(50 * part, 50 * part + 50)
         counts.add(stated[:, rows], label[:, rows])
-    calibrated = filled(reliability=counts.table())(stated)
+    calibrated = filled(reliability=counts.table())(stated[None])[0]
     assert (calibrated - true).abs().mean() < 0.02
     assert expected_calibration_error(calibrated, label) < 0.1 * expected_calibration_error(stated, label)
     order = stated.flatten().argsort()
@@ -74,7 +74,7 @@ def test_calibration_takes_certain_probabilities_and_classes_never_seen() -> Non
     counts.add(torch.tensor([[[0.0, 1.0]], [[0.0, 0.5]]]), torch.tensor([[[0.0, 1.0]], [[0.0, 0.0]]]))
     record.reliability.copy_(counts.table())
     probability = torch.tensor([[[0.0, 1.0]], [[0.25, 0.5]]])
-    calibrated = record(probability)
+    calibrated = record(probability[None])[0]
     assert calibrated[0].tolist() == [[0.0, 1.0]]
     assert torch.equal(calibrated[1], probability[1])  # without a positive voxel there is nothing to learn
     assert calibrated.isfinite().all()

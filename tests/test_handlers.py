@@ -195,6 +195,7 @@ def test_a_checkpoint_that_is_being_removed_is_not_missed(tmp_path, monkeypatch)
     make_trainer(torch.nn.Linear(2, 1), tmp_path).run([0], max_epochs=4)
 
 
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize(
     "resume, stop, advice",
     [

@@ -43,6 +43,14 @@ def wait_for(found: Callable[[], bool], process: subprocess.Popen) -> None:
         time.sleep(0.01)
 
 
+def ended(process: subprocess.Popen) -> int:
+    """The exit code of a process that is about to end."""
+    try:
+        return process.wait(120)
+    finally:
+        process.kill()
+
+
 def leftovers(folder: Path) -> list[Path]:
     return [path for path in folder.rglob(".*") if path.suffix == ".tmp" or path.name == ".lock"]
 
@@ -79,12 +87,13 @@ def test_training_killed_all_along_ends_as_the_uninterrupted_one(data, tmp_path)
     assert not leftovers(killed)
 
 
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_stopped_training_says_in_a_line_how_to_go_on(number, code, data, tmp_path):
     process = start(tmp_path / "run", data, 500)
     wait_for(lambda: (tmp_path / "run" / "models" / "checkpoint_epoch=2.pt").is_file(), process)
     process.send_signal(number)
-    assert process.wait(60) == code
+    assert ended(process) == code
     log = (tmp_path / "run" / "log.txt").read_text()
     assert "Traceback" not in log
     last = log.strip().splitlines()[-1]
@@ -137,11 +146,12 @@ def test_killed_evaluation_and_inference_end_as_uninterrupted_ones(config, run_i
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("interruptible")
 def test_stopped_inference_says_in_a_line_how_to_go_on(data, trained, tmp_path):
     process = segment("inference", "inference", data, trained, tmp_path / "out")
     wait_for(lambda: (tmp_path / "out" / "cases.csv").is_file(), process)
     process.send_signal(signal.SIGINT)
-    assert process.wait(60) == 130
+    assert ended(process) == 130
     log = (tmp_path / "out.txt").read_text()
     assert "Traceback" not in log
     assert "cases of this run are finished, in " in log.strip().splitlines()[-1]

@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 import torch
 from monai.bundle import ConfigParser, ConfigWorkflow, create_workflow, run
+from monai.bundle.utils import DEFAULT_MLFLOW_SETTINGS
 
-from medsegdiff_monai.configs import PARTS, as_written, check_config, read_config
+from medsegdiff_monai.configs import PARTS, TRACKING, as_written, check_config, read_config
 from medsegdiff_monai.errors import InputError, find_input_error
 from medsegdiff_monai.kinds import literal
 from medsegdiff_monai.variables import CONFIGS as NAMES
@@ -199,6 +200,7 @@ def test_variables_of_another_config_are_ignored_and_said_to_be(capsys):
 
 
 def test_tracking_adds_names_of_its_own(tmp_path):
+    assert set(DEFAULT_MLFLOW_SETTINGS["configs"]) - {"output_dir", "trainer", "validator", "evaluator"} == TRACKING
     workflow("train", tracking="mlflow", experiment_name="mine", output_dir=str(tmp_path), save_execute_config=False)
 
 

@@ -71,7 +71,7 @@ class ItkReader(ITKReader):
             kwargs: of no meaning here.
 
         Raises:
-            InputError: where packed voxels are damaged, of which ITK takes what it can unpack, and zeros for the rest, or
+            InputError: where packed voxels are damaged (ITK takes what it can unpack, and zeros for the rest), or
             axes are not at right angles, which few programs understand alike.
         """
         images = [_read(Path(name)) for name in ensure_tuple(data)]
@@ -91,8 +91,8 @@ def check_itk(path: Path) -> None:
     claimed = math.prod(shape) * channels * item_bytes
     if data.coding == "raw" and available > claimed:
         raise InputError(
-            f"{path}: claims {shape} voxels, {claimed} bytes, but there are {available}: correct the header, or replace "
-            "the file."
+            f"{path}: claims {shape} voxels, {claimed} bytes, but there are {available}: correct the header, or "
+            "replace the file."
         )
 
 

@@ -15,9 +15,9 @@ CALIBRATION_BINS = 128  # of the logit, an even number
 NAME_BYTES = 40
 
 
-def clipped_logit(probability: Tensor) -> Tensor:
-    """Logit of a probability, float32, within ``MAX_LOGIT``."""
-    return torch.logit(probability.float()).clamp(-MAX_LOGIT, MAX_LOGIT)
+def clipped_logit(probability: Tensor, limit: float = MAX_LOGIT) -> Tensor:
+    """Logit of a probability, float32, within ``limit``."""
+    return torch.logit(probability.float()).clamp(-limit, limit)
 
 
 class TrainingRecord(nn.Module):
@@ -42,25 +42,15 @@ class TrainingRecord(nn.Module):
         letters: (classes, 40), uint8, the names of the classes in UTF-8, filled up by zeros.
     """
 
-    reliability: Tensor
-    grading: Tensor
-    extent: Tensor
-    intensity: Tensor
-    size: Tensor
-    letters: Tensor
-
     def __init__(self, spatial_dims: int, in_channels: int, out_channels: int) -> None:
         super().__init__()
-        shapes = {
-            "reliability": (out_channels, CALIBRATION_BINS + 1),
-            "grading": (out_channels, 3),
-            "extent": (2, spatial_dims),
-            "intensity": (2, 2, in_channels),
-            "size": (2, out_channels),
-        }
-        for name, shape in shapes.items():
-            self.register_buffer(name, torch.full(shape, torch.nan))
-        self.register_buffer("letters", torch.zeros(out_channels, NAME_BYTES, dtype=torch.uint8))
+        self.max_logit, self.bins = MAX_LOGIT, CALIBRATION_BINS  # as TorchScript finds them
+        self.reliability = nn.Buffer(torch.full((out_channels, CALIBRATION_BINS + 1), torch.nan))
+        self.grading = nn.Buffer(torch.full((out_channels, 3), torch.nan))
+        self.extent = nn.Buffer(torch.full((2, spatial_dims), torch.nan))
+        self.intensity = nn.Buffer(torch.full((2, 2, in_channels), torch.nan))
+        self.size = nn.Buffer(torch.full((2, out_channels), torch.nan))
+        self.letters = nn.Buffer(torch.zeros(out_channels, NAME_BYTES, dtype=torch.uint8))
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         """Take what is there: weights from before there was a record are complete without one."""
@@ -83,14 +73,16 @@ class TrainingRecord(nn.Module):
         """Calibrate the mean of the members: how often voxels of such a probability were foreground in validation.
 
         Args:
-            probability: (classes, *spatial), 0 to 1.
+            probability: (batch, classes, *spatial), 0 to 1.
 
         Returns:
             The same shape and type. The order of two voxels of a class stays, or they become equal.
         """
-        position = (clipped_logit(probability) / MAX_LOGIT + 1) * (CALIBRATION_BINS / 2)
-        low = position.floor().long().clamp(max=CALIBRATION_BINS - 1)
+        position = (clipped_logit(probability) / self.max_logit + 1) * (self.bins / 2)
+        low = position.floor().clamp(max=self.bins - 1)
         table = self.reliability.to(probability.device, torch.float32)
-        below, above = (table.gather(1, (low + i).flatten(1)).view_as(position) for i in (0, 1))
-        calibrated = torch.lerp(below, above, position - low)
+        table = table.unsqueeze(0).expand(probability.shape[0], -1, -1)
+        index = low.long().flatten(2)
+        below, above = table.gather(2, index), table.gather(2, index + 1)
+        calibrated = torch.lerp(below, above, (position - low).flatten(2)).view_as(position)
         return torch.where(calibrated.isnan(), probability.float(), calibrated).to(probability.dtype)

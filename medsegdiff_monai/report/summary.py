@@ -6,7 +6,10 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from .statistics import FAILED, ClassScores, Row, class_scores, mean_of, unit_of
+import numpy as np
+
+from ..metrics import RATER_SCORES
+from .statistics import FAILED, ClassScores, Row, class_scores, mean_of, number, unit_of
 
 __all__ = ["caution", "summary_lines"]
 
@@ -33,6 +36,16 @@ def _aligned(table: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(map(len, column)) for column in columns]
     rows = zip(*columns)
     return ["  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))]) for row in rows]
+
+
+def _beside_raters(rows: Sequence[Row]) -> list[str]:
+    """Mean and standard deviation of the scores against several raters, over the cases that have a value."""
+    lines = []
+    for key in dict.fromkeys(key for row in rows for key in row if key.startswith(RATER_SCORES)):
+        values = np.array([value for row in rows if not math.isnan(value := number(row, key))])
+        if len(values):
+            lines.append(f"{key}: {values.mean():.4f} (std {values.std():.4f}, {len(values)} cases)")
+    return lines
 
 
 def summary_lines(
@@ -67,6 +80,7 @@ def summary_lines(
         worst = sorted((dice, str(row["case"])) for row in rows if not math.isnan(dice := mean_of(row, "dice", names)))
         named = ", ".join(f"{case} (Dice {dice:.3f})" for dice, case in worst[:number_worst])
         lines += [f"Worst: {named}."]
+    lines += _beside_raters(rows)
     flagged = sum(bool(row.get("flag")) for row in rows)
     if any("flag" in row for row in rows):
         lines.append(f"Flagged, to be looked at: {flagged or 'none'} of {cases}.")
