@@ -1,7 +1,7 @@
 """Cost of members with their maps, in passes of a U-Net of the same size.
 
-``python -m benchmarks.cost`` times one pass of MONAI's ``UNet``, and the bundle's inference from a preprocessed image to
-mask, probability and uncertainty maps, in turns: CPU time of one thread, weights as they start, a single foreground
+``python -m benchmarks.cost`` times one pass of MONAI's ``UNet``, and the bundle's inference from a preprocessed image
+to mask, probability and uncertainty maps, in turns: CPU time of one thread, weights as they start, one foreground
 class. A ratio is the median over the turns of the ratio within a turn, so that what else the machine does weighs on all
 alike. Writes ``benchmarks/results/cost.md``.
 """

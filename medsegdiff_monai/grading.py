@@ -83,15 +83,16 @@ def grade(agreement: Tensor, grading: Tensor | None = None) -> Grade:
 
     Args:
         agreement: (classes,), see :func:`members_agreement`.
-        grading: ``TrainingRecord.grading``, (classes, 3); without it, or where it is NaN, the agreement itself is
+        grading: ``TrainingRecord.grading``, (classes, 3); without it, or where it is 0, the agreement itself is
             expected, which is usually too much: members share the faults of their network.
     """
     if grading is None:
-        grading = torch.full((len(agreement), 3), torch.nan)
+        grading = torch.zeros(len(agreement), 3)
     scale, shift, width = grading.cpu().double().unbind(1)
+    width = torch.where(width > 0, width, torch.nan)
     centre = scale * _logit(agreement) + shift
     expected, low, high = (torch.sigmoid(centre + k * width) if k else torch.sigmoid(centre) for k in (0, -1, 1))
-    return Grade(torch.where(expected.isnan(), agreement.double(), expected), low, high)
+    return Grade(torch.where(scale > 0, expected, agreement.double()), low, high)
 
 
 def fit_grading(agreement: Sequence[float], dice: Sequence[float]) -> tuple[float, float, float]:
@@ -105,10 +106,10 @@ def fit_grading(agreement: Sequence[float], dice: Sequence[float]) -> tuple[floa
         dice: of the mask with the label.
 
     Returns:
-        Scale, shift and half-width of the interval; all NaN below three cases, the last one below ``MIN_CASES``.
+        Scale, shift and half-width of the interval; all 0 below three cases, the last one below ``MIN_CASES``.
     """
     if len(dice) < 3:
-        return math.nan, math.nan, math.nan
+        return 0.0, 0.0, 0.0
     x, wanted = _logit(torch.tensor(agreement)).numpy(), np.asarray(dice, dtype=np.float64)
 
     def error(parameters: np.ndarray) -> float:
@@ -120,7 +121,7 @@ def fit_grading(agreement: Sequence[float], dice: Sequence[float]) -> tuple[floa
     scale, shift = math.exp(best[0]), float(best[1])
     residuals = np.sort(np.abs(_logit(torch.tensor(wanted)).numpy() - (scale * x + shift)))
     rank = math.ceil(CONFIDENCE * (len(x) + 1))
-    return scale, shift, float(residuals[rank - 1]) if len(x) >= MIN_CASES else math.nan
+    return scale, shift, float(residuals[rank - 1]) if len(x) >= MIN_CASES else 0.0
 
 
 class ReliabilityCounts:
@@ -155,7 +156,7 @@ class ReliabilityCounts:
         """Frequencies that do not fall as the probability rises, by isotonic regression (Zadrozny and Elkan, 2002).
 
         Returns:
-            (classes, ``CALIBRATION_BINS`` + 1), float64; NaN for a class of which nothing was counted.
+            (classes, ``CALIBRATION_BINS`` + 1), float64; 0 for a class of which nothing was counted.
         """
         return torch.stack([self._rising(n, positive) for n, positive in zip(*self.counts)])
 
@@ -163,7 +164,7 @@ class ReliabilityCounts:
     def _rising(n: Tensor, positive: Tensor) -> Tensor:
         seen = n > 0
         if not seen.any() or not positive.any():
-            return torch.full_like(n, torch.nan)
+            return torch.zeros_like(n)
         fitted = isotonic_regression((positive / n)[seen].numpy(), weights=n[seen].numpy()).x
         places = torch.arange(len(n))
         return torch.from_numpy(np.interp(places.numpy(), places[seen].numpy(), fitted))
@@ -211,14 +212,19 @@ def measure(image: Tensor, spacing: Sequence[float], masks: Tensor) -> CaseFacts
 
 
 def training_range(values: Sequence[Tensor]) -> Tensor:
-    """Least and greatest of what cases have, (2, ...), float64; zeros, such as sizes of empty masks, do not count."""
+    """Least and greatest of what cases have, (2, ...), float64.
+
+    Zeros, such as sizes of empty masks, do not count; where there is nothing else, both are 0.
+    """
     table = torch.stack(list(values))
     low = torch.where(table == 0, torch.inf, table).amin(0)
-    return torch.stack([torch.where(low.isinf(), torch.nan, low), torch.where(low.isinf(), torch.nan, table.amax(0))])
+    return torch.stack([torch.where(low.isinf(), 0.0, low), torch.where(low.isinf(), 0.0, table.amax(0))])
 
 
 def _outside(value: float, low: float, high: float) -> bool:
     """Whether a value is clearly beyond a range; never where the range is not known."""
+    if low == high == 0:
+        return False
     margin = MARGIN * max(high - low, abs(low), abs(high))
     return value < low - margin or value > high + margin
 

@@ -140,7 +140,7 @@ class CaseWriter:
 
     @property
     def _calibrated(self) -> bool:
-        return self.record is not None and not bool(self.record.reliability.isnan().all())
+        return self.record is not None and bool(self.record.reliability.any())
 
     def write(self, result: CaseResult, seconds: float) -> None:
         """Write a case, and its row.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from .networks import TrainingRecord
 from .outputs import OUTPUTS
 from .results import CaseWriter
 from .settings import find_bundle_root
+from .variables import VARIABLES
 from .weights import load_weights, network_weights
 
 __all__ = ["MedSegDiff", "Segmentation"]
@@ -95,10 +96,13 @@ class MedSegDiff:
         parser: the bundle's ``inference.json`` under its overlays, checked.
         files: these files.
         bundle_root: the bundle's folder.
+        override: config variables that were set.
     """
 
-    def __init__(self, parser: ConfigParser, files: Sequence[str], bundle_root: str) -> None:
-        self.parser, self._files, self.bundle_root = parser, list(files), bundle_root
+    def __init__(
+        self, parser: ConfigParser, files: Sequence[str], bundle_root: str, override: Mapping[str, Any]
+    ) -> None:
+        self.parser, self._files, self.bundle_root, self._override = parser, list(files), bundle_root, dict(override)
         self.device = torch.device(parser.get_parsed_content("device"))
         self.network: Any = parser.get_parsed_content("network").eval()
         checkpoint = parser.get_parsed_content("checkpoint")
@@ -122,7 +126,8 @@ class MedSegDiff:
         """
         root = str(bundle or find_bundle_root())
         files = [f"{root}/configs/inference.json", *map(str, overlays)]
-        return cls(read_config(files, **to_be_set({"bundle_root": root, **override})), files, root)
+        parser = read_config(files, **to_be_set({"bundle_root": root, **override}))
+        return cls(parser, files, root, override)
 
     def segment(self, image: str | Path | np.ndarray | Tensor, affine: np.ndarray | None = None) -> Segmentation:
         """Segment an image, as the command ``segment`` does.
@@ -176,7 +181,9 @@ class MedSegDiff:
         """
         models = f"{output_dir}/models"
         self._run("train", "training", dataset_dir, output_dir, ckpt_dir=models, **override)
-        return MedSegDiff.from_bundle(self.bundle_root, *self._files[1:], checkpoint=f"{models}/model.pt", **override)
+        known = {name: value for name, value in {**self._override, **override}.items() if _has("inference", name)}
+        known["checkpoint"] = f"{models}/model.pt"
+        return MedSegDiff.from_bundle(self.bundle_root, *self._files[1:], **known)
 
     def evaluate(self, dataset_dir: str | Path, output_dir: str | Path, **override: Any) -> list[dict[str, Any]]:
         """Segment and score the cases of a data set in Decathlon layout, as ``monai.bundle run evaluating`` does.
@@ -199,4 +206,9 @@ class MedSegDiff:
     def _run(self, config: str, what: str, dataset_dir: str | Path, output_dir: str | Path, **override: Any) -> None:
         files = [f"{self.bundle_root}/configs/{config}.json", *self._files[1:]]
         folders = {"bundle_root": self.bundle_root, "dataset_dir": str(dataset_dir), "output_dir": str(output_dir)}
-        run(run_id=what, config_file=files, **to_be_set({**folders, **override}))
+        known = {name: value for name, value in self._override.items() if _has(config, name)}
+        run(run_id=what, config_file=files, **to_be_set({**known, **folders, **override}))
+
+
+def _has(config: str, name: str) -> bool:
+    return name in VARIABLES and config in VARIABLES[name].configs

@@ -94,9 +94,11 @@ def test_expected_dice_is_that_of_cases_that_agreed_as_much() -> None:
 
 
 def test_few_cases_give_no_interval_and_fewer_no_fit() -> None:
-    assert np.isnan(fit_grading([0.9, 0.8], [0.7, 0.6])).all()
+    assert not any(fit_grading([0.9, 0.8], [0.7, 0.6]))
     scale, shift, width = fit_grading([0.9, 0.8, 0.7], [0.8, 0.7, 0.6])
-    assert scale > 0 and np.isfinite(shift) and np.isnan(width)
+    assert scale > 0 and np.isfinite(shift) and width == 0
+    graded = grade(torch.tensor([0.8]), torch.tensor([[scale, shift, width]]))
+    assert 0 < graded.expected < 0.8 and graded.low.isnan() and graded.high.isnan()
 
 
 def test_the_record_travels_with_the_weights_and_old_weights_load_without_one() -> None:
@@ -127,7 +129,7 @@ def test_facts_of_a_case_are_in_millimetres() -> None:
 def test_ranges_leave_out_empty_masks() -> None:
     found = training_range([torch.tensor([0.0, 0.0]), torch.tensor([5.0, 0.0]), torch.tensor([9.0, 0.0])])
     assert found[:, 0].tolist() == [5.0, 9.0]
-    assert found[:, 1].isnan().all()
+    assert (found[:, 1] == 0).all()
 
 
 NONE = torch.tensor([torch.nan])

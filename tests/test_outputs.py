@@ -176,7 +176,9 @@ def test_what_a_run_does_not_write_is_removed_with_the_mask_it_belonged_to(infer
     infer(outputs=["seg"])  # nothing is segmented, all belongs together
     assert names(folder) == {"seg.nii.gz", "prob.nii.gz", "overlay.png"}
     infer(outputs=["seg", "overlay"], seed=1)
-    assert names(folder) == {"seg.nii.gz", "overlay.png"} and "image_4_prob.nii.gz: was removed" in capsys.readouterr().out
+    assert (
+        names(folder) == {"seg.nii.gz", "overlay.png"} and "image_4_prob.nii.gz: was removed" in capsys.readouterr().out
+    )
 
 
 # --- several raters

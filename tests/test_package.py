@@ -165,10 +165,7 @@ def test_readme_follows_the_template_of_the_zoo():
             r"model\.pt: weights of another",
         ),
         (lambda root: (root / "configs" / "metadata.json").unlink(), r"is no bundle: give --bundle_root DIR"),
-        (
-            lambda root: (root.parents[1] / "dist").write_text(""),
-            r"dist: cannot be written \(.*choose another --output",
-        ),
+        (lambda root: (root.parents[1] / "dist").write_text(""), r"\.zip: cannot be written \("),
         (lambda root: (root / "docs" / "README.md").write_text("# Title"), r"README\.md: lacks the line <!-- measured"),
         (
             lambda root: (root / "configs" / "metadata.json").write_text('{"version": "9"}'),
@@ -237,7 +234,7 @@ def test_a_failure_leaves_the_earlier_package(root, tmp_path, monkeypatch):
 
     monkeypatch.setattr(package, "write_atomically", fail)
     (root / "LICENSE").write_text("other")
-    with pytest.raises(InputError, match=r"dist: cannot be written \(disk full\)"):
+    with pytest.raises(InputError, match=r"cannot be written \(disk full\)"):
         package_bundle(str(tmp_path / "dist"), str(root))
     assert contents(tmp_path / "dist") == before
 

@@ -95,7 +95,7 @@ def test_float16_leaves_out_a_step_that_overflows_and_halves_the_scale():
 
 @pytest.mark.parametrize("accumulated", [1, 2])
 def test_bad_numbers_stop_a_training_and_name_the_cases(accumulated, bundle, pictures, tmp_path):
-    settings = {**PICTURE_SETTINGS, "dataset_dir": pictures, "learning_rate": 1e30, "max_epochs": 4, "val_interval": 9}
+    settings = {**PICTURE_SETTINGS, "dataset_dir": pictures, "optimizer#lr": 1e30, "max_epochs": 4, "val_interval": 9}
     settings["train#trainer#accumulation_steps"] = accumulated
     with pytest.raises((RuntimeError, InputError)) as error:
         bundle("train", **settings)

@@ -24,8 +24,8 @@ def test_a_training_shows_how_it_goes_and_stops_early(bundle, tmp_path, capsys):
     data.mkdir()
     make_png_dataset(data, cases=11)
     settings = {
-        **PICTURE_SETTINGS, "dataset_dir": data, "learning_rate": 0.0, "max_epochs": 9, "patience": 2,
-        "validate#handlers#3#number": 2,
+        **PICTURE_SETTINGS, "dataset_dir": data, "optimizer#lr": 0.0, "max_epochs": 9, "patience": 2,
+        "validate#handlers#4#number": 2,
     }  # fmt: skip
     out = bundle("train", **settings)
     assert "Stopped early: no validation since epoch 1 was better (patience=2)" in capsys.readouterr().out
@@ -36,7 +36,9 @@ def test_a_training_shows_how_it_goes_and_stops_early(bundle, tmp_path, capsys):
     report = (out / "training_report.md").read_text()
     assert "3 of 9, stopped early" in report and "at epoch 1;" in report
     assert f"| val_dice_class_1 | {rows[0]['val_dice_class_1']:.4f} | {rows[2]['val_dice_class_1']:.4f} |" in report
-    assert "Waiting for data:" in report and "| learning_rate | 0.0 |" in report and "| training cases | 8 |" in report
+    assert (
+        "Waiting for data:" in report and "| learning_rate | 0.001 |" in report and "| training cases | 8 |" in report
+    )
     assert Image.open(out / "training_report.png").size[0] > 500
 
     pictures = {path.parent.name: [] for path in (out / "validation").rglob("*.png")}

@@ -23,8 +23,8 @@ def clipped_logit(probability: Tensor, limit: float = MAX_LOGIT) -> Tensor:
 class TrainingRecord(nn.Module):
     """Calibration and training data of a network, as buffers: all that reads its weights has them.
 
-    Everything is NaN until a training fills it (``handlers.FitCalibration``), and in weights from before there was a
-    record; a network then works as it did.
+    Everything is 0, which stands for unknown, until a training fills it (``handlers.FitCalibration``), and in weights
+    from before there was a record; a network then works as it did. (Weights that are NaN are refused by many.)
 
     Args:
         spatial_dims: 2 or 3.
@@ -45,11 +45,11 @@ class TrainingRecord(nn.Module):
     def __init__(self, spatial_dims: int, in_channels: int, out_channels: int) -> None:
         super().__init__()
         self.max_logit, self.bins = MAX_LOGIT, CALIBRATION_BINS  # as TorchScript finds them
-        self.reliability = nn.Buffer(torch.full((out_channels, CALIBRATION_BINS + 1), torch.nan))
-        self.grading = nn.Buffer(torch.full((out_channels, 3), torch.nan))
-        self.extent = nn.Buffer(torch.full((2, spatial_dims), torch.nan))
-        self.intensity = nn.Buffer(torch.full((2, 2, in_channels), torch.nan))
-        self.size = nn.Buffer(torch.full((2, out_channels), torch.nan))
+        self.reliability = nn.Buffer(torch.zeros(out_channels, CALIBRATION_BINS + 1))
+        self.grading = nn.Buffer(torch.zeros(out_channels, 3))
+        self.extent = nn.Buffer(torch.zeros(2, spatial_dims))
+        self.intensity = nn.Buffer(torch.zeros(2, 2, in_channels))
+        self.size = nn.Buffer(torch.zeros(2, out_channels))
         self.letters = nn.Buffer(torch.zeros(out_channels, NAME_BYTES, dtype=torch.uint8))
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
@@ -85,4 +85,5 @@ class TrainingRecord(nn.Module):
         index = low.long().flatten(2)
         below, above = table.gather(2, index), table.gather(2, index + 1)
         calibrated = torch.lerp(below, above, (position - low).flatten(2)).view_as(position)
-        return torch.where(calibrated.isnan(), probability.float(), calibrated).to(probability.dtype)
+        known = (table.amax(2) > 0).unsqueeze(2).expand_as(below).reshape(position.shape)
+        return torch.where(known, calibrated, probability.float()).to(probability.dtype)

@@ -71,7 +71,7 @@ def test_foreign_output_is_refused(tmp_path, run):
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
-        ("refuge2", {}, "'refuge2' is no kind of data set: give one of refuge, brats, ddti, decathlon, folder"),
+        ("refuge2", {}, "'refuge2' is no kind of data set: give one of refuge, brats, ddti, decathlon, nnunet, folder"),
         ("refuge", {"slices": "2D"}, "--slices: refuge has no such option; it has crop_disc"),
         ("decathlon", {"crop": 1}, "it has none"),
         ("refuge", {"crop_disc": "maybe"}, "is no boolean"),

@@ -79,7 +79,7 @@ def test_data_lists_carry_the_raters_of_each_case(pictures):
     assert by_case(splits["validation"])["c4"]["raters"][2].endswith("raters/c4_2.png")
     assert by_case(evaluation_items(str(pictures), RGB)) == by_case(splits["validation"])
     for case in ("c2", "c3"):  # as before there were raters
-        assert training[case].keys() == {"image", "label", "foreground", "case"}
+        assert training[case].keys() == {"image", "label", "foreground", "facts", "case"}
     assert all(item.keys() == {"image", "case"} for item in inference_items(str(pictures), RGB, "none", "none.pt"))
 
 
