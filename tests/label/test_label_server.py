@@ -187,7 +187,7 @@ def test_training_uses_the_labels_and_the_next_mask_uses_the_weights(stock, tmp_
         client.save_label(f"study_{i}", str(save(swapped, tmp_path / f"label_{i}.nii.gz")), params={})
     before = voxels(stock.infer(image="study_3"))
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()
-    client.train_start("medsegdiff", {**stock.options("trainers"), "max_epochs": 6, "val_split": 0.34})
+    client.train_start("medsegdiff", {**stock.options("trainers"), "max_epochs": 20, "val_split": 0.34})
     stock.wait(lambda: client.train_status()["status"] not in ("SUBMITTED", "RUNNING"), TASK_SECONDS)
     assert client.train_status()["status"] == "DONE", stock.log.read_text()[-3000:]
     assert hashlib.sha256(weights.read_bytes()).hexdigest() != digest
