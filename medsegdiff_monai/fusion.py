@@ -19,6 +19,7 @@ __all__ = [
     "check_fusion",
     "dice_matrix",
     "expected_dice_threshold",
+    "mean_pairwise_dice",
     "most_different",
     "staple",
 ]
@@ -97,6 +98,13 @@ def dice_matrix(masks: Tensor) -> Tensor:
     common = common_voxels(masks, masks)
     total = common.diag()[:, None] + common.diag()
     return torch.where(total > 0, 2 * common / total.clamp(min=1), 1.0)
+
+
+def mean_pairwise_dice(masks: Tensor) -> Tensor:
+    """Mean Dice over all pairs of members (members, classes, *spatial): (classes,), float64; NaN for one member."""
+    n = len(masks)
+    matrices = [dice_matrix(masks[:, k]) for k in range(masks.shape[1])]
+    return torch.stack([(m.sum() - m.trace()) / (n * (n - 1)) for m in matrices])
 
 
 def most_different(masks: Tensor, number: int = 3) -> list[int]:
@@ -215,9 +223,7 @@ class MemberSummary:
 
     def pairwise_dice(self) -> Tensor:
         """Mean Dice over all pairs of members, (classes,), float64; two empty masks agree, one member gives NaN."""
-        n = len(self.votes)
-        matrices = [dice_matrix(self.votes[:, k]) for k in range(self.votes.shape[1])]
-        return torch.stack([(m.sum() - m.trace()) / (n * (n - 1)) for m in matrices])
+        return mean_pairwise_dice(self.votes)
 
 
 def _fuse_staple(members: MemberSummary) -> Tensor:

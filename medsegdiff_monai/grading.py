@@ -15,7 +15,7 @@ import torch
 from scipy.optimize import isotonic_regression, minimize
 from torch import Tensor
 
-from .fusion import dice_matrix
+from .fusion import mean_pairwise_dice
 from .networks.record import CALIBRATION_BINS, MAX_LOGIT, TrainingRecord, clipped_logit
 
 __all__ = [
@@ -50,10 +50,8 @@ def members_agreement(member_masks: Tensor, probability: Tensor, mask: Tensor) -
     Returns:
         (classes,), float64, in [0, 1]; empty masks agree.
     """
-    n = len(member_masks)
-    if n > 1:
-        matrices = [dice_matrix(member_masks[:, k]) for k in range(member_masks.shape[1])]
-        return torch.stack([(m.sum() - m.trace()) / (n * (n - 1)) for m in matrices])
+    if len(member_masks) > 1:
+        return mean_pairwise_dice(member_masks)
     p, m = (x.flatten(1).cpu().double() for x in (probability, mask))
     total = (p + m).sum(1)
     return torch.where(total > 0, 2 * (p * m).sum(1) / total.clamp(min=1e-12), 1.0)
