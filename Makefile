@@ -7,7 +7,7 @@ LABEL_PYTHON := $(LABEL_VENV)/bin/python
 # torch reads sources of its own in the locale's encoding, which may be ASCII.
 export PYTHONUTF8 = 1
 
-.PHONY: demo test lint label test-label
+.PHONY: demo test lint docs label test-label
 
 # Installed once: again only when the dependencies change.
 $(VENV)/.installed: setup.cfg constraints.txt
@@ -39,6 +39,15 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+$(VENV)/.docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[docs]'
+	touch $@
+
+# The site, which is read from disk.
+docs: $(VENV)/.docs
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/docs
+	@echo "Written: build/docs/index.html"
 
 # Options of examples/label/__main__.py, such as make label ARGS='--studies DIR --port 8001'
 label: $(LABEL_VENV)/.installed

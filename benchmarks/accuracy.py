@@ -50,9 +50,9 @@ RESULTS = ROOT / "benchmarks" / "results.jsonl"
 WORK = ROOT / "benchmarks" / "work" / "accuracy"
 METHODS: dict[str, tuple[Callable[[ConfigParser], Peer], str | Mapping[str, Any] | None]] = {
     "MONAI UNet": (unet, None),
-    "plain DPM": (ours, "ablation_plain"),
-    "+ dynamic conditioning": (ours, "ablation_dynamic_conditioning"),
-    "+ FF-Parser": (ours, "ablation_ff_parser"),
+    "plain DPM": (ours, "without_dynamic_conditioning"),
+    "+ dynamic conditioning": (ours, "without_ff_parser"),
+    "+ FF-Parser": (ours, None),
     "mask objective": (ours, {"objective": "mask"}),  # Dice + BCE of single masks
 }
 SMALL = {"roi_size": [64, 64], "channels": [16, 32, 64, 96]}

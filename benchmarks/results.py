@@ -1,13 +1,15 @@
 """Write ``docs/results.md`` from the finished runs: ``python -m benchmarks.results``.
 
 The runs are the lines of ``benchmarks/results.jsonl`` (see ``benchmarks.accuracy``); what is said about them besides is
-in ``benchmarks/results_text.md``, whose ``{tables}``, ``{paper}``, ``{failures}`` and ``{sha256}`` they replace. Runs
-of a method are left out where later lines have it with another objective.
+in ``benchmarks/results_text.md``, whose ``{tables}``, ``{paper}``, ``{failures}`` and ``{sha256}`` they replace, and
+``{tried}`` by ``benchmarks/results/tried.csv``. Runs of a method are left out where later lines have it with another
+objective.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import math
 import statistics
@@ -136,6 +138,13 @@ def failures(runs: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def tried(runs: list[dict[str, Any]]) -> str:
+    """Changes that single runs were made for, as they were noted."""
+    with (ROOT / "benchmarks" / "results" / "tried.csv").open(newline="", encoding="utf-8") as file:
+        head, *rows = csv.reader(file)
+    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
+
+
 def tables(runs: list[dict[str, Any]]) -> str:
     """A table for each data set and time of training."""
     keys = dict.fromkeys(
@@ -154,7 +163,8 @@ def main() -> None:
     runs = current([json.loads(line) for line in options.results.read_text().splitlines()])
     text = (ROOT / "benchmarks" / "results_text.md").read_text(encoding="utf-8")
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    for name, part in {"tables": tables, "paper": beside_paper, "failures": failures, "sha256": digest}.items():
+    parts = {"tables": tables, "paper": beside_paper, "failures": failures, "sha256": digest, "tried": tried}
+    for name, part in parts.items():
         text = text.replace(f"{{{name}}}", part(runs))
     options.output.write_text(text, encoding="utf-8")
 

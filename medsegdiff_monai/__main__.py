@@ -54,17 +54,17 @@ def segment(
     run(config_file=config, **options, **variables)
 
 
-def segment_trained(images: Sequence[str], trained: str | None = None, **options: Any) -> None:
-    """Segment with the overlay and weights of a training of ours; see :func:`segment`."""
+def segment_trained(images: Sequence[str], trained: Sequence[str] | None = None, **options: Any) -> None:
+    """Segment with the overlay and weights of one or several trainings of ours; see :func:`segment`."""
     from .settings import find_bundle_root
     from .workflow import trained_files
 
     if trained is not None:
         if options["config_file"] is not None:
-            raise InputError(f"trained={trained!r} has a config of its own: leave --config_file out.")
-        overlay, weights = trained_files(trained)
+            raise InputError(f"trained={', '.join(trained)} has a config of its own: leave --config_file out.")
+        found = trained_files(trained)
         root = options.get("bundle_root") or find_bundle_root()
-        options = {"checkpoint": weights, **options, "config_file": [f"{root}/configs/inference.json", overlay]}
+        options = {**found.variables, **options, "config_file": [f"{root}/configs/inference.json", found.overlay]}
     segment(*images, **options)
 
 
@@ -196,6 +196,13 @@ def evaluate_members(folders: Sequence[str], output: str, labels: str | None = N
     evaluate_members(folders, output, labels, **options)
 
 
+def summarize_folds(folders: Sequence[str], output: str) -> None:
+    """Put the evaluations of all folds together; see :func:`medsegdiff_monai.report.folds.summarize_folds`."""
+    from .report.folds import summarize_folds
+
+    summarize_folds(folders, output)
+
+
 def _add_root(parser: cli.Parser) -> None:
     parser.add_argument("--bundle_root", metavar="DIR", help="folder of the bundle, where it is not found")
 
@@ -219,8 +226,11 @@ def _segment_options(parser: cli.Parser) -> None:
 
 
 def _add_trained(parser: cli.Parser) -> None:
-    text = "folder that `train` has written to, whose settings and weights are taken"
-    parser.add_argument("--trained", metavar="DIR", help=text)
+    text = (
+        "folder that `train` has written to, whose settings and weights are taken; given several times, the weights "
+        "share the members"
+    )
+    parser.add_argument("--trained", metavar="DIR", action="append", help=text)
 
 
 def _train_options(parser: cli.Parser) -> None:
@@ -302,6 +312,11 @@ def _members_options(parser: cli.Parser) -> None:
     parser.add_argument("--tolerance", metavar="NUMBER", type=float, default=cli.UNSET, help=text)
 
 
+def _folds_options(parser: cli.Parser) -> None:
+    parser.add_argument("folders", nargs="+", metavar="DIR", help="what the evaluation of each fold has written")
+    parser.add_argument("--output", metavar="DIR", required=True, help="folder to write tables and report to")
+
+
 COMMANDS = {
     "check": cli.Command("Check a data set and write the settings that fit it.", _check_options, check),
     "prepare": cli.Command("Turn a raw download into a data set.", _prepare_options, prepare),
@@ -314,6 +329,9 @@ COMMANDS = {
     "demo": cli.Command("Prepare real MRI, train on it, score and show the result.", _demo_options, demo),
     "evaluate-members": cli.Command(
         "Grade the masks or probabilities of any ensemble, such as nnU-Net's folds.", _members_options, evaluate_members
+    ),
+    "summarize-folds": cli.Command(
+        "Put the evaluations of a cross-validation's folds together.", _folds_options, summarize_folds
     ),
     "settings": cli.Command("List the variables of train, evaluate or inference.", _settings_options, settings),
 }

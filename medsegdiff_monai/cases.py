@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import gzip
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 import torch
 from monai.data import MetaTensor
 from monai.data.utils import to_affine_nd
 from torch import Tensor
 
+from .cleanup import BEFORE
 from .data.names import case_names
 from .data.pictures import PICTURES
 from .data.reading import image_spacing, load_image
@@ -22,12 +21,13 @@ from .fusion import most_different
 from .grading import Grade, grade, measure, members_agreement, reasons_to_look
 from .inferers import ANTITHETIC
 from .networks import TrainingRecord
-from .pictures import overlay_bytes, palette_png_bytes
-from .rows import SURFACE_TOLERANCE, Case, grade_row, score_row, size_row, uncertainty_row
+from .nifti import nifti_bytes
+from .pictures import error_map, overlay_bytes, palette_png_bytes
+from .rows import SURFACE_TOLERANCE, Case, cleanup_row, grade_row, score_row, size_row, uncertainty_row
 from .structures import structures
 from .transforms import Regions
 
-__all__ = ["CaseResult", "distinct_members", "named_regions", "nifti_bytes", "raters_of", "read_source"]
+__all__ = ["CaseResult", "distinct_members", "named_regions", "raters_of", "read_source"]
 
 
 def named_regions(
@@ -81,25 +81,6 @@ def distinct_members(output: Mapping[str, Tensor], regions: Regions) -> dict[str
     masks = output["member_masks"]
     chosen = {f"member {i + 1} of {len(masks)}": masks[i] for i in most_different(masks)}
     return {name: np.asarray(regions.label_map(mask).cpu()) for name, mask in chosen.items()}
-
-
-def nifti_bytes(array: np.ndarray, affine: np.ndarray, spatial_dims: int, squeeze: bool = True) -> bytes:
-    """Return a gzipped NIfTI file.
-
-    Args:
-        array: (channels, *spatial); channels are the fourth axis of the file.
-        affine: (4, 4), voxel to millimetres, RAS+.
-        spatial_dims: 2 or 3.
-        squeeze: whether a single channel is written without that axis.
-    """
-    if squeeze and array.shape[0] == 1:
-        array = array[0]
-    else:
-        array = np.moveaxis(array, 0, -1)
-        array = array[:, :, None] if spatial_dims == 2 else array
-    image = nib.Nifti1Image(array, affine)
-    image.header.set_xyzt_units("mm")
-    return gzip.compress(image.to_bytes(), compresslevel=5, mtime=0)
 
 
 @dataclass
@@ -169,7 +150,7 @@ class CaseResult:
         row |= uncertainty_row(self.output["uncertainty_entropy"], self.output["uncertainty_mi"])
         if self.label is not None:
             row |= score_row(self.case, self.label, self.raters, ANTITHETIC, tolerance)
-        return row
+        return row | cleanup_row(self.case, self.output.get(BEFORE), self.label)
 
     def structures(self) -> list[dict[str, Any]]:
         """Return the rows of ``structures.csv``."""
@@ -204,15 +185,16 @@ class CaseResult:
         return np.asarray(torch.cat(maps).cpu())
 
     def picture(self, title: str) -> bytes:
-        """Return a PNG of image, label, mask, uncertainty and members."""
+        """Return a PNG of image, label, mask, errors, uncertainty and members."""
         label = self.label
         return overlay_bytes(
             np.asarray(self.image),
             np.asarray(self.output["pred"].cpu()),
             np.asarray(self.output["uncertainty_entropy"].cpu()),
-            None if label is None else self.regions.label_map(torch.as_tensor(label)).cpu().numpy(),
+            None if label is None else np.asarray(self.regions.label_map(label).cpu()),
             self.affine,
             self.regions.legend,
             title,
             distinct_members(self.output, self.regions),
+            None if label is None else error_map(self.case.mask, label),
         )

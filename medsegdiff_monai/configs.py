@@ -6,19 +6,22 @@ import inspect
 import json
 import logging
 import pydoc
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from monai.bundle import ConfigComponent, ConfigParser, ConfigWorkflow, ReferenceResolver, create_workflow, run
 from monai.bundle.utils import merge_kv
 from monai.utils import OptionalImportError, ensure_tuple
 
-from .errors import InputError, find_input_error
+from .errors import InputError, find_input_error, show_input_errors_plainly
 from .kinds import is_place
-from .variables import CONFIGS, VARIABLES, find_clashes, suggest
+from .settings import as_bool
+from .variables import CONFIGS, VARIABLES, find_clashes, recorded, suggest
 
 __all__ = ["OPTIONS_OF_RUN", "as_written", "check", "check_config", "read_config", "to_be_set"]
 
@@ -31,7 +34,7 @@ PARTS = {
         "ema_network", "evaluating", "evaluator", "field_size", "finalize", "handlers", "imports", "inference",
         "inferer", "initialize", "key_metric", "loss", "lr_scheduler", "made_with", "mask_and_label", "network",
         "network_def", "optimizer", "postprocessing", "preprocessing", "run", "scheduler", "splits", "train",
-        "training", "trt_args", "validate",
+        "training", "trt_args", "validate", "variables",
     },
     "train": {"dataloader", "dataset", "handlers", "inferer", "preprocessing", "sampler", "trainer"},
     "validate": {
@@ -60,9 +63,10 @@ def to_be_set(variables: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check(config: str) -> None:
-    """Check the config that is being initialised; the first of a config's ``initialize``.
+    """Check the config that is being initialised; the first of a config's ``initialize``, and of its ``run``.
 
-    Nothing is checked where MONAI evaluates this at another time, after the initialisation.
+    When it is run, it has been checked, unless a stray word of the command line stands for ``initialize``. Nothing is
+    checked where MONAI evaluates this at another time.
 
     Args:
         config: ``train``, ``evaluate`` or ``inference``.
@@ -70,19 +74,65 @@ def check(config: str) -> None:
     Raises:
         InputError: naming all that is wrong.
     """
+    _refuse_stray_word(config)
     workflow = _running(ConfigWorkflow.initialize).get("self")
     if workflow is None:
         return
-    asked = {k: v for k, v in _running(create_workflow).get("kwargs", {}).items() if k not in OPTIONS_OF_RUN}
+    call = _running(create_workflow)
+    asked = {k: v for k, v in call.get("kwargs", {}).items() if k not in OPTIONS_OF_RUN}
     _restore(workflow.parser, asked)
     if workflow.run_id not in workflow.parser:
         hint = suggest(workflow.run_id, PARTS[""] & set(workflow.parser.get()))
         raise InputError(f"{workflow.run_id}: {config}.json has nothing of that name to run{hint or '.'}")
     check_config(workflow.parser, config, [workflow.run_id, workflow.init_id, workflow.final_id])
+    overlays = [_load(str(file)) for file in ensure_tuple(call.get("config_file") or ())[1:]]
+    _explain_parts(workflow.parser, {k: v for part in (*overlays, asked) for k, v in part.items()})
     used = _references(workflow.parser.get())
-    for name in asked:
+    for name in asked.keys() - {"bundle_root"}:  # which MONAI uses
         if name in VARIABLES and not any(_touch(name, id) for id in used):
             logger.warning(f"{name}: {config}.json does not use it.")
+    if "variables" in workflow.parser:
+        workflow.parser["variables"] = recorded(config, workflow.parser.get())
+
+
+def _refuse_stray_word(config: str) -> None:
+    """Refuse a word after the name of what is run, which MONAI takes for the name of what to initialise."""
+    workflow = _running(ConfigWorkflow.run).get("self")
+    if workflow is not None and workflow.init_id not in workflow.parser:
+        show_input_errors_plainly()
+        raise InputError(
+            f"{workflow.init_id}: {config}.json has nothing of that name to initialise: give a list in one word, such "
+            "as --images \"['a.png','b.png']\"."
+        )
+
+
+def _explain_parts(parser: ConfigParser, asked: Mapping[str, Any]) -> None:
+    """Say in one line where a component cannot be made with a part of it that the user has set."""
+    parts = {name: ReferenceResolver.split_id(name)[:-1] for name in asked}
+    owners = {name: parser.get("::".join(above), {}) for name, above in parts.items() if above}
+    targets = {
+        str(owner["_target_"]): name
+        for name, owner in owners.items()
+        if isinstance(owner, Mapping) and "_target_" in owner
+    }
+    previous = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+        chain = [error]
+        while (cause := chain[-1].__cause__) is not None:
+            chain.append(cause)
+        text = "\n".join(map(str, chain))
+        name = next(
+            (n for t, n in targets.items() if re.search(rf"(component|path:?) '([\w.]*\.)?{re.escape(t)}'", text)), None
+        )
+        if name is None:
+            previous(kind, error, traceback)
+        else:
+            told = InputError(f"{name}={asked[name]!r} cannot be used: {chain[-1]}")
+            previous(InputError, told, traceback)
+
+    if targets:
+        sys.excepthook = hook
 
 
 def _running(function: Callable[..., Any]) -> Mapping[str, Any]:
@@ -133,11 +183,24 @@ def check_config(parser: ConfigParser, config: str, entries: Iterable[str] = ())
     names = [name for name in VARIABLES if name in parser.get()]
     computed = [name for name in names if _is_computed(parser[name])]
     faults = [*_slips(parser.get(), config, entries), *_wrong_arguments(parser.get(), parser.locator)]
+    if "train" in parser.get():
+        from .handlers.order import out_of_order  # with all handlers, which other configs have few of
+
+        faults += out_of_order(parser.get())
+    _read_booleans(parser)
     faults += [fault for name in names if name not in computed for fault in _set_literal(parser, name)]
     _refuse(faults)
     _refuse([fault for name in computed for fault in _set_computed(parser, name)])
-    places = [name for name in names if is_place(VARIABLES[name].kind)]
-    _refuse(find_clashes({n: parser.get_parsed_content(n) for n in names if n not in (*places, "augmentation")}))
+    single = [name for name in names if is_place(VARIABLES[name].kind) and not isinstance(parser[name], list)]
+    _refuse(find_clashes({n: parser.get_parsed_content(n) for n in names if n not in (*single, "augmentation")}))
+
+
+def _read_booleans(parser: ConfigParser) -> None:
+    """Read true and false of the command line where they are set in the network itself, which takes no text."""
+    network = parser["network_def"] if "network_def" in parser.get() else None
+    for name, value in list(network.items()) if isinstance(network, Mapping) else ():
+        if isinstance(value, str) and value.lower() in ("true", "false"):
+            parser[f"network_def::{name}"] = as_bool(value)
 
 
 def _is_computed(value: Any) -> bool:
@@ -223,7 +286,8 @@ def _slips(content: Mapping[str, Any], config: str, entries: Iterable[str]) -> I
             id = f"{group}::{name}" if group else name
             if name not in known and not name.startswith("_") and not any(_touch(id, other) for other in used):
                 hint = suggest(name, parts if group else {*parts, *mine, *OPTIONS_OF_RUN})
-                yield f"{id.replace('::', '#')}: is no variable of {config}.json, and nothing refers to it{hint or '.'}"
+                path = id.replace("::", "#")
+                yield f"{path}: is not a variable of {config}.json, and nothing refers to it{hint or '.'}"
 
 
 def _wrong_arguments(content: Any, locator: Any, id: str = "") -> Iterator[str]:
@@ -273,7 +337,7 @@ def read_config(config_file: str | Path | Sequence[str | Path], **override: Any)
         for name, value in _load(file).items():
             _put(parser, name, value, file)
     if "network_def" not in parser.get():
-        raise InputError(f"{', '.join(files)}: only variables: name the bundle's config, too, and before them.")
+        raise InputError(f"{', '.join(files)}: only variables: name the bundle's config before them.")
     for name, value in override.items():
         _put(parser, name, value, "the command line")
     parser.parse()

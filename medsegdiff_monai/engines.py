@@ -17,8 +17,9 @@ __all__ = ["cosine_decay", "optimizer_step"]
 def cosine_decay(optimizer: Optimizer, max_epochs: int, warmup_epochs: int = 0) -> LambdaLR:
     """Return a schedule that lets the learning rate rise linearly, then fall to zero by a half cosine.
 
-    It is stepped after each epoch and depends on the epoch alone (``CosineAnnealingLR`` depends on its past too, and on
-    ``T_max`` of the run that is resumed).
+    It is stepped after each epoch and depends on the epoch alone (torch's ``CosineAnnealingLR`` and MONAI's
+    ``WarmupCosineSchedule`` keep their length in a checkpoint, so that in a run resumed with more epochs the rate would
+    rise again).
 
     Args:
         optimizer: optimiser whose learning rate is set.

@@ -67,7 +67,7 @@ class Dropout:
         """
         layers = [m for m in network.modules() if isinstance(m, _DropoutNd) and m.p > 0]
         if not layers:
-            raise InputError("the network drops nothing, so that all members are equal: build it with dropout above 0.")
+            raise InputError("the network has no active dropout, so members are equal: build it with dropout above 0.")
         for member in range(self.num_members):
             drawn = []
             for one in image.split(1):  # so that a case does not depend on those beside it

@@ -14,12 +14,12 @@ from monai.data.utils import compute_importance_map
 from torch import Tensor, nn
 
 from .configs import read_config
+from .deep_ensemble import DeepEnsemble, load_checkpoints
 from .errors import InputError
 from .files import write_atomically, writing
 from .inferers import DiffusionEnsembleInferer
 from .networks.blocks import Stage
 from .schedulers import DiffusionScheduler
-from .weights import load_weights, network_weights
 
 __all__ = ["LinearStep", "Segmenter", "export_segmenter", "linear_steps", "read_segmenter", "stage_names"]
 
@@ -221,7 +221,9 @@ def read_segmenter(config_file: str | Sequence[str], **override: Any) -> tuple[n
     parser = read_config(config_file, **override)
     network = parser.get_parsed_content("network_def")
     checkpoint = parser.get_parsed_content("checkpoint")
-    load_weights(checkpoint, network, network_weights(checkpoint, network))
+    if isinstance(checkpoint, list):
+        raise InputError(f"checkpoint={checkpoint}: export takes one network: give one file of weights.")
+    load_checkpoints(checkpoint, network)
     return network, parser.get_parsed_content("inferer")
 
 
@@ -246,5 +248,11 @@ def export_segmenter(output: str, config_file: str | Sequence[str], **override: 
 
 
 def stage_names(network: nn.Module) -> list[str]:
-    """Names of the submodules that do most of the work and need no Fourier transform, which TensorRT does not have."""
+    """Names of the submodules that do most of the work and need no Fourier transform, which TensorRT does not have.
+
+    Raises:
+        InputError: for several networks at once.
+    """
+    if isinstance(network, DeepEnsemble):
+        raise InputError("checkpoint: TensorRT takes one network: give one file of weights.")
     return [name for name, module in network.named_modules() if isinstance(module, Stage)]

@@ -31,7 +31,7 @@ def _cannot_write(path: Path, error: OSError) -> InputError:
     near = other is None or other.is_relative_to(path.parent) or path.is_relative_to(other)
     reason = error.strerror if near and error.strerror else str(error)
     return InputError(
-        f"{path}: cannot be written ({reason}): make room for it, or choose another folder. What was there has stayed."
+        f"{path}: cannot be written ({reason}): make room for it, or choose another folder. Existing files are kept."
     )
 
 
@@ -152,7 +152,7 @@ def _locked(file: Path) -> int:
                 holder = os.read(descriptor, 300).decode("utf-8", "replace") or "another process"
                 os.close(descriptor)
                 raise InputError(
-                    f"{file.parent}: {holder}, writes there: wait until it has ended, or choose another folder."
+                    f"{file.parent}: {holder}, is writing there: wait until it ends, or choose another folder."
                 ) from error
             # else this file system knows no locks, and nothing keeps two runs apart
         with suppress(FileNotFoundError):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from monai.data import MetaTensor
-from monai.inferers import Inferer, SlidingWindowInferer
+from monai.inferers import Inferer
 from monai.metrics import compute_dice
 from monai.networks import eval_mode
 from monai.networks.schedulers import DDPMScheduler as MonaiDDPMScheduler
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .errors import InputError
 from .settings import amp_dtype
+from .windows import MemberWindows
 
 __all__ = ["ANTITHETIC", "DiffusionEnsembleInferer"]
 
@@ -45,8 +46,9 @@ class DiffusionEnsembleInferer(Inferer):
     The noise of a member depends on the seed, its number, the step and the size of the field alone: it is the same for
     every case, whatever the batch size or the order of cases and windows. Members come in pairs of opposite noise
     (antithetic variates): each by itself is drawn as ever, and the mean of a few is nearer to that of many. Images
-    larger than ``roi_size`` are covered by MONAI's ``SlidingWindowInferer``; the noise rides along as extra channels,
-    so that each window sees its piece of one noise field. Smaller images are padded to ``roi_size``, and cropped back.
+    larger than ``roi_size`` are covered by :class:`medsegdiff_monai.windows.MemberWindows`: each window sees its piece
+    of one noise field, and members are matched from window to window, of those that are drawn at a time. Smaller images
+    are padded to ``roi_size``, and cropped back.
 
     The image is encoded once per window (``network.encode_context``, where the network has it) and shared by all
     members and steps. Memory does not grow with the number of steps. Running out of it halves ``member_batch_size``
@@ -105,6 +107,8 @@ class DiffusionEnsembleInferer(Inferer):
             )
         if agreement_threshold is not None and not 0 < agreement_threshold <= 1:
             raise InputError(f"agreement_threshold={agreement_threshold} is a Dice: above 0, at most 1.")
+        if isinstance(overlap, bool) or not isinstance(overlap, (int, float)) or not 0 <= overlap < 1:
+            raise InputError(f"overlap={overlap!r} must be a number of at least 0 and below 1.")
         self.scheduler: Any = scheduler
         self.num_classes = num_classes
         self.roi_size = tuple(roi_size)
@@ -116,7 +120,7 @@ class DiffusionEnsembleInferer(Inferer):
         self.progress = progress
         self.seed = seed
         self.amp = amp_dtype(amp)
-        self.window = SlidingWindowInferer(self.roi_size, sw_batch_size, overlap, mode="gaussian")
+        self.window = MemberWindows(self.roi_size, sw_batch_size, overlap)
         self._halved = False
 
     def noise(self, size: Sequence[int], members: range | None = None, step: int = 0) -> Tensor:
@@ -193,16 +197,11 @@ class DiffusionEnsembleInferer(Inferer):
 
     def _windows(self, image: Tensor, noise: Tensor, members: range, network: Callable) -> Tensor:
         """Cover a large field (batch, channels, *field) by windows, each with its piece of the field's noise."""
-        channels = image.shape[1]
-        noise = noise.flatten(0, 1).expand(image.shape[0], -1, *noise.shape[2:])
 
-        def segment(window: Tensor) -> Tensor:
-            context = self._encode(window[:, :channels], network)
-            x = window[:, channels:].unflatten(1, (len(members), self.num_classes))
-            return self._denoise(x, members, context, network).flatten(1, 2)
+        def segment(window: Tensor, noise: Tensor) -> Tensor:
+            return self._denoise(noise, members, self._encode(window, network), network)
 
-        out: Any = self.window(torch.cat([image, noise], dim=1), segment)
-        return out.unflatten(1, (len(members), self.num_classes))
+        return self.window(image, noise.expand(len(image), *noise.shape), segment)
 
     def _denoise(self, noise: Tensor, members: range, context: Tensor | list[Tensor], network: Callable) -> Tensor:
         """Take noise (batch, members, classes, *roi) to probabilities, as many members at a time as memory allows."""

@@ -39,7 +39,7 @@ def is_whole(path: Path) -> bool:
         if path.suffix == ".png":
             return path.read_bytes().endswith(b"IEND\xaeB`\x82")
         image: Any = nib.load(path)
-        size = int(image.header["vox_offset"]) + math.prod(image.shape) * image.get_data_dtype().itemsize
+        size = image.dataobj.offset + math.prod(image.shape) * image.get_data_dtype().itemsize
         with path.open("rb") as file:
             file.seek(-4, os.SEEK_END)
             if int.from_bytes(file.read(), "little") == size % 2**32:  # what gzip writes last
@@ -105,7 +105,7 @@ class CaseJournal:
         while (aside := self.table.with_name(f"cases_edited{number if number > 1 else ''}.csv")).exists():
             number += 1
         os.replace(self.table, aside)
-        logger.warning(f"{self.table}: was changed by another program: it is kept as {aside.name}, and written anew.")
+        logger.warning(f"{self.table}: was changed by another program: it is kept as {aside.name}, and written again.")
 
     def begin(self, case: str) -> None:
         """Note that the files of a case are about to be replaced: until :meth:`add`, it counts as unfinished."""

@@ -16,7 +16,7 @@ from typing import Any
 
 __all__ = [
     "Boolean", "Choice", "Device", "Each", "Kind", "ListOf", "Nullable", "Number", "Place", "Regions", "Schedule",
-    "Transforms", "Whole", "is_place", "literal",
+    "Several", "Transforms", "Whole", "is_place", "literal",
 ]  # fmt: skip
 
 MANY = 1_000_000
@@ -42,7 +42,7 @@ def literal(value: Any) -> Any:
 
 def is_place(kind: Any) -> bool:
     """Whether a kind holds paths: one, a list, or none."""
-    while isinstance(kind, (Nullable, ListOf)):
+    while isinstance(kind, (Nullable, ListOf, Several)):
         kind = kind.kind
     return isinstance(kind, Place)
 
@@ -261,6 +261,24 @@ class ListOf(Kind):
         if not isinstance(values, (list, tuple)) or not self.least <= len(values) <= self.most:
             raise ValueError
         return [self.kind.read(v) for v in values]
+
+
+@dataclass(frozen=True)
+class Several(Kind):
+    """One value, or a list with at least one."""
+
+    kind: Kind
+
+    @property
+    def allowed(self) -> str:
+        """What is allowed, in a few words."""
+        return f"{self.kind.allowed}, or a list, each {self.kind.allowed}"
+
+    def read(self, value: Any) -> Any:
+        """Return a value or a list; text in brackets is one, unless a file has that name."""
+        bracketed = isinstance(value, str) and value.strip().startswith("[") and not os.path.exists(value)
+        values = literal(value) if bracketed else value
+        return ListOf(self.kind, 1).read(values) if isinstance(values, (list, tuple)) else self.kind.read(value)
 
 
 @dataclass(frozen=True)

@@ -73,6 +73,9 @@ def ensemble_score(logits: Tensor, raters: Tensor, share: Tensor | float = 1.0) 
     expectation is least where masks are drawn from the distribution of the raters, and up to a constant it is half the
     generalised energy distance. The last two are segmentation losses of the ensemble's mean.
 
+    A single mask (K = 1) has no spread, so only the last two terms apply. The distance alone favours one confident
+    opinion, such as "no lesion" wherever most raters see none, and members do not spread from there.
+
     Args:
         logits: masks (batch * K, classes, *spatial), those of an image in a row.
         raters: masks (batch, raters, classes, *spatial) in {0, 1}.
@@ -83,8 +86,10 @@ def ensemble_score(logits: Tensor, raters: Tensor, share: Tensor | float = 1.0) 
     """
     logits, y = logits.float().unflatten(0, (len(raters), -1)), raters.float()
     s, members = logits.sigmoid(), logits.shape[1]
-    among = soft_jaccard_distance(s, s).sum((-2, -1)) / max(members * (members - 1), 1)
-    score = soft_jaccard_distance(s, y).mean() - among.mean() / 2
+    score: Tensor | float = 0.0
+    if members > 1:
+        among = soft_jaccard_distance(s, s).sum((-2, -1)) / (members * (members - 1))
+        score = soft_jaccard_distance(s, y).mean() - among.mean() / 2
     dice = DiceLoss()(s.mean(1, keepdim=True).expand_as(y).flatten(0, 1), y.flatten(0, 1))
     # logarithms of the mean and of its complement, without the rounding of a sigmoid near 0 and 1
     log_mean, log_rest = (F.logsigmoid(x).logsumexp(1) - math.log(members) for x in (logits, -logits))

@@ -91,7 +91,7 @@ def _metadata(path: Path, record: Mapping[str, Any]) -> dict[str, Any]:
     """
     metadata = _read_json(path)
     if metadata.get("version") not in metadata.get("changelog", {}):
-        raise InputError(f"{path}: version {metadata.get('version')!r} is no key of changelog: add what is new in it.")
+        raise InputError(f"{path}: version {metadata.get('version')!r} is missing in changelog: add what is new in it.")
     channels = metadata["network_data_format"]["outputs"]["pred"]["channel_def"]
     names = [channels[number] for number in sorted(channels, key=int) if number != "0"]
     metadata["eval_metrics"] = _scores(record, names)
@@ -126,7 +126,7 @@ def _contents(root: Path, results: Path, weights_url: str | None) -> dict[str, b
             measured.
     """
     if not (root / "configs" / "metadata.json").is_file():
-        raise InputError(f"bundle_root: {root} is no bundle: give --bundle_root DIR, the folder that holds configs/.")
+        raise InputError(f"bundle_root: {root} is not a bundle: give --bundle_root DIR, the folder with configs/.")
     weights = root / WEIGHTS
     if not weights.is_file():
         raise InputError(f"{weights}: no weights to package: train first.")
@@ -182,7 +182,7 @@ def _write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
         foreign = sorted(present - set(files))
         if foreign or not folder.is_dir():
             raise InputError(
-                f"{folder}: is no earlier package, or was used since (it holds {', '.join(foreign[:3]) or 'text'}): "
+                f"{folder}: is not an earlier package, or has been used (it holds {', '.join(foreign[:3]) or 'text'}): "
                 "move it away, or choose another --output."
             )
     folder.parent.mkdir(parents=True, exist_ok=True)

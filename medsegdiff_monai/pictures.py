@@ -9,13 +9,15 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
-__all__ = ["overlay_bytes", "palette_png_bytes"]
+__all__ = ["error_map", "overlay_bytes", "palette_png_bytes"]
 
 COLOURS = np.array(
     [(0, 0, 0), (230, 75, 53), (77, 187, 213), (243, 200, 60), (0, 160, 135), (132, 100, 190), (240, 130, 180)],
     dtype=np.uint8,
 )  # background, then one for each label; further labels begin again
+ERRORS = {"false positive": (255, 140, 0), "false negative": (70, 130, 255), "another class": (200, 60, 200)}
 
 
 def _colours(values: Sequence[int] = ()) -> np.ndarray:
@@ -57,6 +59,21 @@ def _grey(image: np.ndarray) -> np.ndarray:
     return np.clip((image - low) / max(high - low, 1e-6), 0, 1)
 
 
+def error_map(mask: Tensor, label: Tensor) -> np.ndarray:
+    """Say where a mask is wrong: 1 where it has a class too many, 2 where it lacks one, 3 where it has another.
+
+    Args:
+        mask: {0, 1}, (classes, *spatial).
+        label: the same, NaN where nobody has labelled: nothing is wrong there.
+
+    Returns:
+        (1, *spatial), uint8, 0 where it is right.
+    """
+    found, wanted, known = (np.asarray(x.cpu()) for x in (mask > 0, label > 0, ~label.isnan()))
+    positive, negative = (found & ~wanted & known).any(0), (wanted & ~found & known).any(0)
+    return (positive + 2 * negative)[None].astype(np.uint8)
+
+
 def overlay_bytes(
     image: np.ndarray,
     prediction: np.ndarray,
@@ -66,8 +83,9 @@ def overlay_bytes(
     names: Mapping[int, str],
     title: str,
     members: Mapping[str, np.ndarray] | None = None,
+    errors: np.ndarray | None = None,
 ) -> bytes:
-    """Return a PNG with image, ground truth (if any), prediction and uncertainty side by side, and members below.
+    """Return a PNG with image, ground truth (if any), prediction, errors (if any) and uncertainty, and members below.
 
     In 3D the slice along the third axis with the largest structure is shown.
 
@@ -80,24 +98,28 @@ def overlay_bytes(
         names: of the values in a label map.
         title: of the picture.
         members: label maps (1, *spatial) of single members to show, with what stands above each.
+        errors: see :func:`error_map`.
     """
     from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
 
     dims = image.ndim - 1
     shown = prediction if truth is None else truth
     index = 0 if dims == 2 else int((shown if shown.any() else prediction)[0].sum(axis=(0, 1), dtype=float).argmax())
     background = _grey(_slice(image, dims, index))
     colours = _colours(list(names)) / 255
+    wrong = np.array([(0, 0, 0), *ERRORS.values()]) / 255
 
-    def blend(label: np.ndarray) -> np.ndarray:
+    def blend(label: np.ndarray, colours: np.ndarray = colours) -> np.ndarray:
         plane = _slice(label, dims, index)[..., 0]
         return np.where(plane[..., None] > 0, 0.45 * background + 0.55 * colours[plane], background)
 
     panels = [("image", background)]
     if truth is not None:
         panels.append(("ground truth", blend(truth)))
-    panels += [("prediction", blend(prediction)), ("uncertainty (bits)", _slice(uncertainty, dims, index)[..., 0])]
+    panels.append(("prediction", blend(prediction)))
+    if errors is not None:
+        panels.append(("errors", blend(errors, wrong)))
+    panels.append(("uncertainty (bits)", _slice(uncertainty, dims, index)[..., 0]))
     rows = [panels] + ([[(name, blend(label)) for name, label in members.items()]] if members else [])
     figure = Figure(figsize=_figure_size(background, affine, rows), layout="constrained")
     for axes, row in zip(figure.subplots(len(rows), len(panels), squeeze=False), rows):
@@ -105,12 +127,20 @@ def overlay_bytes(
             axis.set_axis_off()
         for axis, (name, panel) in zip(axes, row):
             _draw(axis, name, panel, affine)
-    handles = [Patch(color=tuple(colours[value]), label=name) for value, name in names.items()]
-    figure.legend(handles=handles, loc="outside lower center", ncols=max(1, len(names)), frameon=False)
+    legend = {name: colours[value] for value, name in names.items()}
+    legend |= dict(zip(list(ERRORS)[: 2 + (len(names) > 1)], wrong[1:])) if errors is not None else {}
+    _add_legend(figure, legend)
     figure.suptitle(title, fontsize=10)
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=110)
     return out.getvalue()
+
+
+def _add_legend(figure: Any, colours: Mapping[str, np.ndarray]) -> None:
+    from matplotlib.patches import Patch
+
+    handles = [Patch(color=tuple(colour), label=name) for name, colour in colours.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=max(1, len(handles)), frameon=False)
 
 
 def _figure_size(plane: np.ndarray, affine: np.ndarray, rows: Sequence[Sequence]) -> tuple[float, float]:

@@ -96,7 +96,7 @@ class CaseWriter:
     def _advice(self) -> str:
         """What to do after the run was stopped."""
         done = f"{len(self._fresh)} cases of this run are finished, in {self.output_dir}: the same command"
-        return f"{done} goes on with the others." if self.merge else f"{done} starts anew."
+        return f"{done} continues with the others." if self.merge else f"{done} starts anew."
 
     def open(self) -> None:
         """Take up what an earlier run has left; no other run may write to the folder meanwhile."""
@@ -188,4 +188,4 @@ class CaseWriter:
         files = output_files(self.output_dir, case, [name for name in FILES if name not in self.outputs])
         for file in [file for file in files if file.is_file()]:
             file.unlink()
-            logger.info(f"{file}: was removed, since it belonged to an earlier mask.")
+            logger.info(f"{file}: was removed because it belonged to an earlier mask.")

@@ -13,6 +13,7 @@ from monai.metrics import compute_dice, compute_hausdorff_distance, compute_iou,
 from torch import Tensor
 from torch.nn import functional as F
 
+from .cleanup import clean
 from .grading import Grade
 from .metrics import boundary_band, expected_calibration_error, known_part, rater_scores
 
@@ -20,6 +21,7 @@ __all__ = [
     "BAND",
     "SURFACE_TOLERANCE",
     "Case",
+    "cleanup_row",
     "grade_row",
     "near_contours",
     "score_row",
@@ -145,6 +147,28 @@ def score_row(
         found = rater_scores(members, rated[0], drawn_together)
         row |= {f"{key}{ending}": v for key, values in found.items() for ending, v in zip(endings, values)}
     return {key: round(value, 6) for key, value in row.items()}
+
+
+def cleanup_row(case: Case, before: Tensor | None = None, label: Tensor | None = None) -> Row:
+    """Say what a clean-up of the mask has changed, or else what keeping the largest component alone would change.
+
+    After a clean-up ``removed_voxels_<class>``, and with a label ``uncleaned_dice_<class>``; without one
+    ``beside_largest_voxels_<class>`` and ``largest_component_dice_<class>``.
+
+    Args:
+        case: the case.
+        before: its mask before the clean-up, {0, 1}, (classes, *spatial); None where there was none.
+        label: {0, 1}, (classes, *spatial), NaN where nobody has labelled.
+    """
+    other = clean(case.mask, largest_component=True) if before is None else before
+    voxels, dice = ("beside_largest", "largest_component") if before is None else ("removed", "uncleaned")
+    counts = (torch.as_tensor(other).cpu() != case.mask.cpu()).flatten(1).sum(1).tolist()
+    row: Row = {f"{voxels}_voxels_{name}": count for name, count in zip(case.names, counts)}
+    if label is not None:
+        truth, mask = known_part(label, other)
+        scores = compute_dice(mask[None], truth[None], ignore_empty=False)[0].tolist()
+        row |= {f"{dice}_dice_{name}": round(score, 6) for name, score in zip(case.names, scores)}
+    return row
 
 
 def _surfaces(case: Case, label: Tensor, tolerance: float) -> dict[str, list[float]]:

@@ -19,6 +19,7 @@ from .configs import read_config, to_be_set
 from .data.inference import CaseDataset
 from .data.names import case_names
 from .data.rules import image_faults
+from .deep_ensemble import load_checkpoints
 from .errors import InputError
 from .files import lock_folder, unlock_folder
 from .journal import CaseJournal
@@ -27,7 +28,6 @@ from .outputs import OUTPUTS
 from .results import CaseWriter
 from .settings import find_bundle_root
 from .variables import VARIABLES
-from .weights import load_weights, network_weights
 
 __all__ = ["MedSegDiff", "Segmentation"]
 
@@ -106,7 +106,7 @@ class MedSegDiff:
         self.device = torch.device(parser.get_parsed_content("device"))
         self.network: Any = parser.get_parsed_content("network").eval()
         checkpoint = parser.get_parsed_content("checkpoint")
-        load_weights(checkpoint, self.network, network_weights(checkpoint, self.network))
+        load_checkpoints(checkpoint, self.network)
         names = ("preprocessing", "inferer", "postprocessing", "data_spec")
         self.preprocessing, self.inferer, self.postprocessing, self.spec = map(parser.get_parsed_content, names)
         self.record: TrainingRecord | None = getattr(self.network, "record", None)
@@ -119,7 +119,8 @@ class MedSegDiff:
         Args:
             bundle: its folder; by default the one in the working directory, else the one that is installed.
             *overlays: configs to put over ``inference.json``, such as the one a training was given.
-            **override: config variables, such as ``num_members=16`` or ``checkpoint="model.pt"``.
+            **override: config variables, such as ``num_members=16`` or ``checkpoint="model.pt"``; a list of weights
+                shares the members among them.
 
         Raises:
             InputError: for a bundle or overlay that is not there, variables that do not fit, or unfit weights.

@@ -22,7 +22,7 @@ def as_bool(value: bool | str) -> bool:
         return value
     if str(value).lower() in ("true", "false"):
         return str(value).lower() == "true"
-    raise InputError(f"{value!r} is no boolean: give true or false.")
+    raise InputError(f"{value!r} is neither true nor false: give one of them.")
 
 
 def amp_dtype(amp: bool | str) -> torch.dtype | None:

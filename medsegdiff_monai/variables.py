@@ -1,7 +1,7 @@
 """The flat variables of the configs, each declared once: what it may hold, which configs have it, what it means.
 
-Values that a user gives are checked against this, ``python -m medsegdiff_monai settings`` and the guide's table print
-it. Defaults stand in the configs alone.
+Values that a user gives are checked against this, and ``medsegdiff settings`` and ``docs/settings.md`` print
+it. Defaults are in the configs alone.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any
 
 from . import kinds
 from .errors import InputError
-from .kinds import Boolean, Choice, Each, Kind, ListOf, Nullable, Number, Place, Whole
+from .kinds import Boolean, Choice, Each, Kind, ListOf, Nullable, Number, Place, Several, Whole
 
-__all__ = ["CONFIGS", "VARIABLES", "Variable", "defaults", "describe", "find_clashes", "suggest", "table"]
+__all__ = ["CONFIGS", "VARIABLES", "Variable", "defaults", "describe", "find_clashes", "recorded", "suggest", "table"]
 
 CONFIGS = ("train", "evaluate", "inference")
 SCORED = ("evaluate", "inference")
@@ -63,29 +63,31 @@ _DECLARED = [
     Variable("dataset_dir", Place(), "data: a folder with dataset.json; for inference also one with images"),
     Variable("output_dir", Place(), "folder for results", default="train, eval or inference in bundle_root"),
     Variable("ckpt_dir", Place(), "folder of the weights", default="models in bundle_root"),
-    Variable("checkpoint", Place(), "weights to segment with", SCORED, "model.pt in ckpt_dir"),
+    Variable(
+        "checkpoint", Several(Place()), "weights to use; several share the members", SCORED, "model.pt in ckpt_dir"
+    ),
     Variable("pretrained", Nullable(Place()), "weights to start from", TRAIN),
     Variable("images", Nullable(ListOf(Place())), "images to segment, in place of dataset_dir", ("inference",)),
     Variable("device", kinds.Device(), "where the network runs", default="cuda, else mps, else cpu"),
     # data
-    Variable("spatial_dims", Choice(2, 3), "axes of the images"),
+    Variable("spatial_dims", Choice(2, 3), "spatial axes of the images"),
     Variable("in_channels", Whole(1, 1024), "channels of the images"),
     Variable("num_classes", Whole(1, 255), "foreground classes, the channels of the mask"),
     Variable("regions", Nullable(kinds.Regions()), "what each mask channel holds; null: one channel for each label"),
     Variable(
         "ignore_label",
         Nullable(Whole(1, 65535)),
-        "label value of voxels that nobody has labelled; null: there are none",
+        "label value of unlabelled voxels; null: there are none",
         ("train", "evaluate"),
     ),
-    Variable("spacing", Nullable(ListOf(Number(above=0), 2, 3)), "voxel size in mm to resample to; null: as it is"),
+    Variable("spacing", Nullable(ListOf(Number(above=0), 2, 3)), "voxel size to resample to, in mm; null: keep it"),
     Variable(
         "intensity_range",
         Nullable(ListOf(Number(), 2, 2)),
-        "lowest and highest value where values mean the same in every image, such as CT in HU; null: each by itself",
+        "intensities to scale from, if they mean the same in every image (CT in HU); null: normalise each by itself",
     ),
     Variable("fit", Choice("crop", "resize"), "crop: patches and windows of the image; resize: the whole image"),
-    Variable("roi_size", ListOf(Whole(1, 4096), 2, 3), "field that the network sees, rounded up to fit its strides"),
+    Variable("roi_size", ListOf(Whole(1, 4096), 2, 3), "field that the network sees, rounded up to its stride"),
     Variable(
         "surface_tolerance",
         Number(0.0, 1000),
@@ -94,6 +96,12 @@ _DECLARED = [
     ),
     Variable("eval_split", _SPLIT, "list to evaluate; null: validation, else test", ("evaluate",)),
     Variable("infer_split", _SPLIT, "list to segment; null: test, else validation", ("inference",)),
+    Variable(
+        "num_folds",
+        Nullable(Whole(2, 1000)),
+        "parts for cross-validation, of training and validation together; null: use the lists as they are",
+    ),
+    Variable("fold", Nullable(Whole(0, 999)), "which of the num_folds parts is held out, from 0"),
     # network
     Variable("channels", ListOf(Whole(1, 8192), 2, 16), "channels of each level, from full resolution down"),
     Variable("num_res_blocks", Each(Whole(1, 64)), "residual blocks of a level"),
@@ -107,7 +115,7 @@ _DECLARED = [
     # diffusion
     Variable("prediction_type", Choice("sample", "epsilon", "v_prediction"), "what the network predicts"),
     Variable("noise_schedule", kinds.Schedule(), "how noise grows with time"),
-    Variable("signal_scale", Number(above=0, high=100), "factor of the mask against the noise"),
+    Variable("signal_scale", Number(above=0, high=100), "factor that scales the mask before noise is added"),
     Variable("num_train_timesteps", Whole(1, 100_000), "timesteps of the diffusion"),
     # training
     Variable(
@@ -117,36 +125,45 @@ _DECLARED = [
         TRAIN,
         "ensemble; with another prediction_type, that",
     ),
-    Variable("train_num_members", Whole(2, 1000), "masks of each image that ensemble scores together", TRAIN),
+    Variable("train_num_members", Whole(2, 1000), "masks per image that the objective ensemble scores together", TRAIN),
     Variable("max_epochs", Whole(), "epochs to train for", TRAIN),
-    Variable("val_interval", Whole(), "epochs from one validation to the next; the last epoch has one, too", TRAIN),
-    Variable("patience", Nullable(Whole()), "validations without a better one before training stops", TRAIN),
-    Variable("batch_size", Whole(1, 65536), "images of a batch", TRAIN),
-    Variable("accumulation_steps", Whole(), "batches whose gradients make one step of the optimiser", TRAIN),
-    Variable("learning_rate", Number(above=0, high=1), "of AdamW, where it is highest", TRAIN),
-    Variable("warmup_epochs", Whole(0), "epochs in which the learning rate rises", TRAIN),
-    Variable("max_grad_norm", Number(above=0), "gradients are scaled down to this norm", TRAIN),
-    Variable("flip_axes", ListOf(Whole(0, 2), 0, 3), "axes that are flipped together; []: none", TRAIN),
+    Variable("val_interval", Whole(), "epochs between validations; the last epoch always has one", TRAIN),
+    Variable(
+        "patience", Nullable(Whole()), "validations without improvement before training stops; null: never", TRAIN
+    ),
+    Variable("batch_size", Whole(1, 65536), "images per batch", TRAIN),
+    Variable("accumulation_steps", Whole(), "batches per optimiser step", TRAIN),
+    Variable("learning_rate", Number(above=0, high=1), "highest learning rate of AdamW", TRAIN),
+    Variable("warmup_epochs", Whole(0), "epochs of learning rate warm-up", TRAIN),
+    Variable("max_grad_norm", Number(above=0), "gradients are clipped to this norm", TRAIN),
+    Variable("flip_axes", ListOf(Whole(0, 2), 0, 3), "axes of the random flip, flipped together; []: none", TRAIN),
     Variable("augmentation", kinds.Transforms(), "further random transforms", TRAIN),
-    Variable("resume", Boolean(), "go on from the newest checkpoint in ckpt_dir", TRAIN),
+    Variable("resume", Boolean(), "continue from the newest checkpoint in ckpt_dir", TRAIN),
     Variable("cache", Choice("memory", "disk", "none"), "where preprocessed cases are kept", TRAIN),
-    Variable("cache_rate", Number(low=0, high=1), "share of the cases that is kept in memory", TRAIN),
-    Variable("num_workers", Whole(0, 1024), "processes that load data", TRAIN),
-    Variable("compile", Boolean(), "whether torch.compile makes the network faster", TRAIN),
+    Variable("cache_rate", Number(low=0, high=1), "share of the cases kept in memory", TRAIN),
+    Variable("num_workers", Whole(0, 1024), "data loading processes", TRAIN),
+    Variable("compile", Boolean(), "whether to use torch.compile", TRAIN),
     # ensemble
-    Variable("num_members", Whole(1, 1000), "masks for each image", SCORED),
-    Variable("num_steps", Whole(1, 100_000), "denoising steps for each mask", SCORED),
-    Variable("val_num_members", Whole(1, 1000), "num_members of a training's validation", TRAIN),
-    Variable("val_num_steps", Whole(1, 100_000), "num_steps of a training's validation", TRAIN),
-    Variable("member_batch_size", Nullable(Whole(1, 1000)), "masks at a time, where memory is short; null: all"),
+    Variable("num_members", Whole(1, 1000), "masks (members) per image", SCORED),
+    Variable("num_steps", Whole(1, 100_000), "denoising steps per mask", SCORED),
+    Variable("val_num_members", Whole(1, 1000), "num_members of validation during training", TRAIN),
+    Variable("val_num_steps", Whole(1, 100_000), "num_steps of validation during training", TRAIN),
+    Variable("member_batch_size", Nullable(Whole(1, 1000)), "members computed at a time, to save memory; null: all"),
     Variable(
         "agreement_threshold",
         Nullable(Number(above=0, high=1)),
-        "Dice, such as 0.99: no more masks once their mean is as stable; null: all masks",
+        "Dice, such as 0.99: no further members once their mean is that stable; null: all",
         SCORED,
     ),
-    Variable("fusion", Choice("staple", "mean", "vote", "expected_dice"), "how one mask is made of several"),
-    Variable("seed", Whole(0, 2**32 - 1), "of the noise, of the augmentation and of splits that are drawn"),
+    Variable("fusion", Choice("staple", "mean", "vote", "expected_dice"), "how members are combined into one mask"),
+    Variable("largest_component", Boolean(), "write only the largest component of each class", SCORED),
+    Variable(
+        "min_size",
+        Nullable(Number(above=0, high=1e9)),
+        "write only components of at least this size: mm^3, mm^2 in 2D, pixels of pictures; null: all",
+        SCORED,
+    ),
+    Variable("seed", Whole(0, 2**32 - 1), "seed of noise, augmentation and random splits"),
     # running
     Variable("amp", Choice(False, True, "bfloat16", "float16"), "autocast; true: bfloat16"),
     Variable(
@@ -235,9 +252,32 @@ def _epochs(values: Mapping[str, Any]) -> Iterator[str]:
         yield f"warmup_epochs={warmup} must be below max_epochs={epochs}."
 
 
+def _folds(values: Mapping[str, Any]) -> Iterator[str]:
+    number, fold = values.get("num_folds"), values.get("fold")
+    if number is None and fold is not None:
+        yield f"fold={fold} needs num_folds, the number of all folds: set both."
+    if number is not None and (fold is None or fold >= number):
+        yield f"fold={fold} must be from 0 to {number - 1}, as num_folds={number} says."
+
+
+def _weights(values: Mapping[str, Any]) -> Iterator[str]:
+    checkpoint, members = values.get("checkpoint"), values.get("num_members")
+    if not isinstance(checkpoint, list):
+        return
+    twice = [path for i, path in enumerate(checkpoint) if path in checkpoint[:i]]
+    if twice:
+        yield f"checkpoint names {twice[0]} twice: name each file of weights once."
+    if members and members < len(checkpoint):
+        yield (
+            f"num_members={members} is fewer than the {len(checkpoint)} files of weights in checkpoint, of which each "
+            f"makes one at least: set num_members={len(checkpoint)}, or name fewer."
+        )
+
+
 def find_clashes(values: Mapping[str, Any]) -> list[str]:
     """Say what does not fit together among values of variables that are right one by one; some may be missing."""
-    checks: list[Callable[[Mapping[str, Any]], Iterator[str]]] = [_axes, _levels, _data, _diffusion, _epochs]
+    checks: list[Callable[[Mapping[str, Any]], Iterator[str]]]
+    checks = [_axes, _levels, _data, _diffusion, _epochs, _folds, _weights]
     return [fault for check in checks for fault in check(values)]
 
 
@@ -245,6 +285,22 @@ def suggest(name: str, known: Iterable[str]) -> str:
     """Return ``": did you mean ...?"`` for what is most like a name that is not known, or nothing."""
     close = get_close_matches(name, list(known), n=1)
     return f": did you mean {close[0]}?" if close else ""
+
+
+def recorded(config: str, content: Mapping[str, Any]) -> dict[str, str]:
+    """Return the variables of a config, as the report of a training lists them: by references to their values.
+
+    Args:
+        config: ``train``, ``evaluate`` or ``inference``; variables that only others have are left out.
+        content: of the config, with its overlays.
+    """
+    others = {*CONFIGS} - {config}
+    mine = [v for v in VARIABLES.values() if v.name in content and (config in v.configs or not others & {*v.configs})]
+    # transforms by the text that describes them
+    described = {
+        v.name: json.dumps(content[v.name], default=str).replace("::", "#") for v in mine if v.name == "augmentation"
+    }
+    return {variable.name: f"@{variable.name}" for variable in mine} | described
 
 
 def defaults(config: str, bundle_root: str | Path) -> dict[str, str]:
@@ -280,7 +336,7 @@ def describe(config: str, bundle_root: str | Path) -> str:
 
 
 def table(bundle_root: str | Path) -> str:
-    """Return all variables of the three configs as a table in Markdown, as the guide has it.
+    """Return all variables of the three configs as a table in Markdown, for ``docs/settings.md``.
 
     Args:
         bundle_root: folder of the bundle.

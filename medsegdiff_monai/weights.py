@@ -40,7 +40,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     except Exception as error:  # torch.load raises whatever it likes; the file is what matters
         raise InputError(f"{path}: is truncated or no checkpoint of weights: replace the file.") from error
     if not isinstance(content, Mapping):
-        raise InputError(f"{path}: holds no weights but a {type(content).__name__}: replace the file.")
+        raise InputError(f"{path}: holds a {type(content).__name__}, not weights: replace the file.")
     return dict(content)
 
 
@@ -84,7 +84,7 @@ def network_weights(path: str | Path, model: nn.Module) -> dict[str, Any]:
         if key is None:
             return _without_prefixes(content, set(model.state_dict()))
         if key == "ema":
-            logger.info(f"{path}: is the checkpoint of a training, of which the averaged weights are taken.")
+            logger.info(f"{path}: is a training checkpoint: using its averaged weights.")
         content = content[key]
 
 
@@ -105,14 +105,14 @@ def load_weights(path: str | Path, model: nn.Module, weights: Any) -> None:
         InputError: where they are of another architecture, or not finite.
     """
     if not isinstance(weights, Mapping):
-        raise InputError(f"{path}: holds no weights but a {type(weights).__name__}: replace the file.")
+        raise InputError(f"{path}: holds a {type(weights).__name__}, not weights: replace the file.")
     own = model.state_dict()
     learned = [name for name, _ in model.named_parameters()]
     difference = _mismatch({name: value for name, value in own.items() if name in {*learned, *weights}}, weights)
     if difference is not None:
         remedy = _remedy(own, weights)
         raise InputError(f"{path}: weights of another architecture ({difference}): {remedy}.")
-    for name in learned:
+    for name in [name for name in dict.fromkeys([*learned, *own]) if name in weights]:
         bad = int((~weights[name].isfinite()).sum())
         if bad:
             raise InputError(
@@ -210,7 +210,7 @@ def with_fresh_layers(
         fresh = {name: value for name, value in own.items() if name.startswith(f"{layer}.")}
         change = _mismatch(fresh, {name: result[name] for name in fresh if name in result})
         if change is not None:
-            logger.info(f"{path}: {change}: the layer {layer} starts anew.")
+            logger.info(f"{path}: {change}: the layer {layer} is initialised anew.")
             result.update(fresh)
     grids = [n for n in own if n.endswith("ff_parser.weight") and _other_grid(own[n], result.get(n))]
     if grids:

@@ -7,11 +7,12 @@ import shlex
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from monai.bundle import run
 
 from .configs import read_config, to_be_set
+from .data.entries import read_data_list
 from .data.report import check
 from .errors import InputError
 from .files import write_atomically
@@ -22,20 +23,54 @@ __all__ = ["copy_bundle", "evaluate", "train", "trained_files"]
 
 OVERLAY = "overlay.json"  # in the folder of a training
 WEIGHTS = "models/model.pt"
-OF_A_RUN = ("device", "amp", "seed")  # of a training, and not of what is done with its weights
+OF_A_RUN = ("device", "amp")  # of a training, and not of what is done with its weights
+SPLIT = {"num_folds", "fold", "seed"}  # which cases a training has held out
 
 
-def trained_files(folder: str | Path) -> tuple[str, str]:
-    """Return overlay and weights that :func:`train` has written to a folder.
+class Trained(NamedTuple):
+    """What one or several trainings have left.
+
+    Attributes:
+        overlay: their settings.
+        variables: to be set over it: ``checkpoint``, and no folds where each has held out another.
+        apart: variables of the split in which they differ.
+    """
+
+    overlay: str
+    variables: dict[str, Any]
+    apart: set[str]
+
+    def has_seen(self, dataset: str) -> bool:
+        """Whether any of them was trained on cases of a data set that ``evaluating`` takes by itself."""
+        if not self.apart or "num_folds" in self.variables:
+            return bool(self.apart)
+        data = read_data_list(dataset)  # without a list to evaluate, the seed decides which cases were held out
+        return not data.of("validation") and not any(entry.labels for entry in data.of("test"))
+
+
+def trained_files(folders: Sequence[str | Path]) -> Trained:
+    """Return what :func:`train` has written to a folder, or to several whose weights share the members of an ensemble.
 
     Raises:
-        InputError: where they are not there.
+        InputError: where it is not there, or settings differ.
     """
-    files = [Path(folder) / OVERLAY, Path(folder) / WEIGHTS]
-    for file in files:
+    for file in (Path(folder) / name for folder in folders for name in (OVERLAY, WEIGHTS)):
         if not file.is_file():
-            raise InputError(f"{file}: no such file: give the folder that `medsegdiff train` has written to, finished.")
-    return str(files[0]), str(files[1])
+            raise InputError(f"{file}: no such file: give the folder of a finished `medsegdiff train`.")
+    overlays = [Path(folder) / OVERLAY for folder in folders]
+    first, *others = (json.loads(overlay.read_text()) for overlay in overlays)
+    apart: set[str] = set()
+    for overlay, other in zip(overlays[1:], others):
+        differ = {name for name in {**first, **other} if first.get(name) != other.get(name)}
+        apart |= differ & SPLIT
+        if differ - SPLIT:
+            names = ", ".join(sorted(differ - SPLIT))
+            raise InputError(f"{overlay}: differs from {overlays[0]} in {names}: give trainings of the same settings.")
+    weights = [str(Path(folder) / WEIGHTS) for folder in folders]
+    variables: dict[str, Any] = {"checkpoint": weights if others else weights[0]}
+    if apart and any("num_folds" in overlay for overlay in (first, *others)):
+        variables |= {"num_folds": None, "fold": None}
+    return Trained(str(overlays[0]), variables, apart)
 
 
 def train(dataset: str, output: str, bundle_root: str | None = None, **override: Any) -> None:
@@ -56,7 +91,7 @@ def train(dataset: str, output: str, bundle_root: str | None = None, **override:
     _keep(overlay, override)
     where = {"bundle_root": root, "dataset_dir": dataset, "output_dir": output, "ckpt_dir": f"{output}/models"}
     _run("training", [f"{root}/configs/train.json", str(overlay)], {**where, **override})
-    print(f"Report: {output}/report.md")
+    print(f"Report: {output}/training_report.md")
     for command, what in (("evaluate", shlex.quote(dataset)), ("segment", "IMAGE")):
         print(f"Next:   medsegdiff {command} {what} --trained {shlex.quote(output)} --output_dir OUT")
 
@@ -73,28 +108,34 @@ def _is_needed(name: str) -> bool:
 
 
 def evaluate(
-    dataset: str, output: str, trained: str | None = None, bundle_root: str | None = None, **override: Any
+    dataset: str, output: str, trained: Sequence[str] | None = None, bundle_root: str | None = None, **override: Any
 ) -> None:
     """Segment and score the cases of a data set.
 
     Args:
         dataset: folder that holds ``dataset.json``.
         output: folder for masks, tables and report.
-        trained: folder of a training; by default the bundle's weights are scored.
+        trained: folder of a training, or of several, whose weights share the members; by default the bundle's weights
+            are scored.
         bundle_root: see :func:`train`.
         **override: config variables.
 
     Raises:
-        InputError: for faults of the data, and variables that do not fit, before anything is segmented.
+        InputError: for faults of the data, and variables that do not fit, before anything is segmented; for trainings
+            that have held out different cases, without an ``eval_split``: each has seen those of another.
     """
     root = bundle_root or find_bundle_root()
-    files, where = (
-        [f"{root}/configs/evaluate.json"],
-        {"bundle_root": root, "dataset_dir": dataset, "output_dir": output},
-    )
+    files = [f"{root}/configs/evaluate.json"]
+    where: dict[str, Any] = {"bundle_root": root, "dataset_dir": dataset, "output_dir": output}
     if trained is not None:
-        overlay, where["checkpoint"] = trained_files(trained)
-        files.append(overlay)
+        found = trained_files(trained)
+        if "eval_split" not in override and found.has_seen(dataset):
+            raise InputError(
+                f"trained={', '.join(map(str, trained))}: differ in {', '.join(sorted(found.apart))}, so that each has "
+                "seen cases that another has held out: set --eval_split test."
+            )
+        files.append(found.overlay)
+        where |= found.variables
     _run("evaluating", files, {**where, **override})
 
 
@@ -118,7 +159,7 @@ def copy_bundle(output: str, bundle_root: str | None = None) -> None:
         InputError: where it is there.
     """
     if Path(output).exists():
-        raise InputError(f"{output}: is there already: choose another folder, or remove it.")
+        raise InputError(f"{output}: already exists: choose another folder, or remove it.")
     shutil.copytree(bundle_root or find_bundle_root(), output)
     print(f"Written: {output}")
     where = f"--config_file {shlex.quote(output + '/configs/train.json')} --bundle_root {shlex.quote(output)}"

@@ -133,7 +133,7 @@ BAD_WEIGHTS = {
     "missing": (write_nothing, "no such checkpoint"),
     "truncated": (write_truncated, "truncated"),
     "of another architecture": (lambda p: torch.save({"weight": torch.zeros(1)}, p), "another architecture"),
-    "no weights": (lambda p: torch.save([1], p), "holds no weights"),
+    "no weights": (lambda p: torch.save([1], p), "not weights"),
     "a pickle that runs code": (lambda p: torch.save({"x": print}, p), "no checkpoint of weights"),
 }
 

@@ -75,7 +75,7 @@ def test_accuracy_trains_each_method_once_and_scores_it(tmp_path, monkeypatch):
     call(monkeypatch, results, "--results", file, "--output", pages)
     page = pages.read_text(encoding="utf-8")
     assert all(f"### {data}" in page for data in accuracy.SETS)
-    measured = page.partition("## Beside the paper")[0].splitlines()
+    measured = page.partition("## Compared with the paper")[0].splitlines()
     lines = [line for line in measured if line.startswith("| + FF-Parser")]
     means = [sum(row["dice"]) / len(row["dice"]) for row in rows if row["method"] == "+ FF-Parser"]
     assert [line.split(" | ")[6] for line in lines] == [f"{mean:.3f}" for mean in means]

@@ -108,7 +108,7 @@ def test_files_that_are_no_images_are_named(pictures, tmp_path, capsys):
     (folder / "case_000.raw").write_bytes(bytes(200))
     cases = inference_items(str(folder), RGB, str(tmp_path / "out"), "model.pt")
     assert [item["case"] for item in cases] == ["case_000", "case_001", "case_002"]
-    assert "left out, since they are no images of a kind that is read: notes.txt, scan.img." in capsys.readouterr().out
+    assert "skipped, not images of a supported format: notes.txt, scan.img." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -146,3 +146,14 @@ def test_the_image_in_its_own_grid_comes_along_unchanged(volumes):
     torch.testing.assert_close(dataset[0]["source"][0].numpy(), image.get_fdata(dtype="float32"))
     assert abs(dataset[0]["source"].affine.numpy() - image.affine).max() < 1e-5
     assert dataset[0]["image"].shape != dataset[0]["source"].shape
+
+
+def test_a_link_names_its_case_and_not_what_it_leads_to(pictures, tmp_path):
+    (tmp_path / "archive/visit").mkdir(parents=True)
+    shutil.copy(pictures / "image_0.png", tmp_path / "archive/visit/scan.png")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/anna.png").symlink_to(tmp_path / "archive/visit/scan.png")
+    (tmp_path / "data/patient_7").symlink_to(tmp_path / "archive/visit")
+    arguments = (RGB, str(tmp_path / "out"), "model.pt")
+    assert [item["case"] for item in inference_items(str(tmp_path / "data"), *arguments)] == ["anna", "scan"]
+    assert [i["case"] for i in inference_items("", *arguments, images=[str(tmp_path / "data/anna.png")])] == ["anna"]

@@ -145,3 +145,13 @@ def test_checked_lists_say_which_cases_have_foreground(tmp_path):
     splits = training_splits(str(tmp_path), RGB)
     found = {item["case"]: item["foreground"] for items in splits.values() for item in items}
     assert found == {"image_0": False, "image_1": True, "image_2": True, "image_3": True}
+
+
+def test_an_image_that_is_trained_on_does_not_validate(tmp_path):
+    """Whatever link leads to it."""
+    make_png_dataset(tmp_path, cases=3)
+    (tmp_path / "again.png").symlink_to(tmp_path / "image_0.png")
+    pairs = [{"image": f"image_{i}.png", "label": f"label_{i}.png"} for i in range(2)]
+    write_json(tmp_path, training=pairs, validation=[{"image": "again.png", "label": "label_0.png"}])
+    with pytest.raises(InputError, match=r"again.png: is in training and in validation"):
+        training_splits(str(tmp_path), RGB)

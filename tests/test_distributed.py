@@ -23,8 +23,8 @@ import torch
 import torch._dynamo  # DistributedDataParallel imports it: once here, and not in each process after the fork
 from monai.bundle import ConfigParser, run
 
-from medsegdiff_monai import distributed
-from medsegdiff_monai.data import EvaluationShare, TrainingShare, training_sampler
+from medsegdiff_monai import data, distributed
+from medsegdiff_monai.data import DistributedEvaluationSampler, DistributedTrainingSampler, training_sampler
 from medsegdiff_monai.errors import InputError
 
 from .conftest import CONFIGS, PICTURE_SETTINGS, ROOT, TINY, UNCHANGED, make_png_dataset, write_json
@@ -303,7 +303,7 @@ def test_device_backend_and_ids_follow_the_machine(monkeypatch):
 
 
 def shares(items, seed, epoch):
-    parts = [TrainingShare(training_sampler(items), seed, num_replicas=2, rank=rank) for rank in range(2)]
+    parts = [DistributedTrainingSampler(training_sampler(items), seed, num_replicas=2, rank=rank) for rank in range(2)]
     for part in parts:
         part.set_epoch(epoch)
     return [list(part) for part in parts]
@@ -325,10 +325,18 @@ def test_shares_of_a_training_are_those_of_one_draw_and_leave_the_global_generat
 
 
 def test_shares_of_an_evaluation_hold_each_case_once():
-    parts = [list(EvaluationShare(range(7), num_replicas=3, rank=rank)) for rank in range(3)]
+    parts = [list(DistributedEvaluationSampler(range(7), num_replicas=3, rank=rank)) for rank in range(3)]
     assert parts == [[0, 3, 6], [1, 4], [2, 5]]
     with pytest.raises(InputError, match="2 cases to evaluate for 3 processes"):
-        EvaluationShare(range(2), num_replicas=3, rank=0)
+        DistributedEvaluationSampler(range(2), num_replicas=3, rank=0)
+
+
+@pytest.mark.parametrize("name", ["EvaluationShare", "TrainingShare"])
+def test_former_names_of_the_samplers_say_what_they_are_now(name):
+    with pytest.warns(FutureWarning, match=rf"data\.{name} is now Distributed\w+Sampler\.$") as said:
+        found = getattr(data, name)
+    assert str(said[0].message).endswith(f"{found.__name__}.")
+    assert not hasattr(data, "Shares")
 
 
 @pytest.mark.parametrize("config", ["train", "evaluate"])

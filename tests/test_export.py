@@ -197,7 +197,7 @@ def test_command_says_what_is_wrong(tmp_path):
         export(str(tmp_path / "model.txt"), bundle_root=str(ROOT / "bundle"))
     with pytest.raises(InputError, match=r"nowhere\.pt: no such checkpoint"):
         export(str(tmp_path / "model.ts"), bundle_root=str(ROOT / "bundle"), checkpoint="nowhere.pt", **CASES["2D"])
-    with pytest.raises(InputError, match=r"num_membrs: is no variable of .*inference\.json"):
+    with pytest.raises(InputError, match=r"num_membrs: is not a variable of .*inference\.json"):
         export(str(tmp_path / "model.ts"), bundle_root=str(ROOT / "bundle"), num_membrs=9)
     with pytest.raises(InputError, match=r"inference\.json: no such config: give --config_file FILE"):
         export(str(tmp_path / "model.ts"), bundle_root=str(tmp_path))

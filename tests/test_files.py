@@ -36,7 +36,7 @@ def other(tmp_path):
 
 
 def test_a_folder_that_another_process_has_is_refused_and_taken_over_from_a_dead_one(other, tmp_path):
-    with pytest.raises(InputError, match=rf"process {other.pid} on .+, since \d{{4}}-.+ writes there: wait"):
+    with pytest.raises(InputError, match=rf"process {other.pid} on .+, since \d{{4}}-.+ is writing there: wait"):
         lock_folder(tmp_path)
     other.kill()
     other.wait()

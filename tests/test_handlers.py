@@ -165,7 +165,7 @@ def test_truncated_checkpoint_is_named_and_the_one_before_taken(damage, tmp_path
     trainer.run([0], max_epochs=4)
     assert seen == [3, 4]
     (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert "checkpoint_epoch=3.pt: is truncated" in warning and "before it is taken" in warning
+    assert "checkpoint_epoch=3.pt: is truncated" in warning and "Using the previous checkpoint" in warning
 
     for path in tmp_path.glob("*.pt"):
         path.write_bytes(b"")
@@ -184,7 +184,7 @@ def test_checkpoints_that_others_remove_are_not_missed_and_a_lost_model_is_named
             path.unlink()
 
     trainer.add_event_handler(Events.EPOCH_STARTED, sweep)
-    with pytest.raises(InputError, match=r"model.pt: was removed while the training went on: its last checkpoint"):
+    with pytest.raises(InputError, match=r"model.pt: was removed during training: its last checkpoint"):
         trainer.run([0], max_epochs=4)
     assert (tmp_path / "checkpoint_epoch=4.pt").is_file()
 
@@ -199,7 +199,7 @@ def test_a_checkpoint_that_is_being_removed_is_not_missed(tmp_path, monkeypatch)
 @pytest.mark.parametrize(
     "resume, stop, advice",
     [
-        (False, 1, r"No epoch was finished, nothing is saved: the same command"),
+        (False, 1, r"No epoch was finished and nothing is saved: run the same command"),
         (False, 4, r"up to epoch 3 is saved in .*: the same command with --resume true"),
         (True, 3, r"up to epoch 2 is saved"),
     ],
@@ -340,7 +340,7 @@ def test_pretrained_weights_of_other_channels_keep_all_layers_but_those(change, 
     for name, value in network.named_parameters():
         expected = fresh[name] if name.split(".")[0] in anew else source.state_dict()[name]
         torch.testing.assert_close(value, expected, rtol=0, atol=0)
-    lines = [record.getMessage() for record in caplog.records if "starts anew" in record.getMessage()]
+    lines = [record.getMessage() for record in caplog.records if "is initialised anew" in record.getMessage()]
     assert {line.split("the layer ")[1].split()[0] for line in lines} == anew and len(lines) == len(anew)
     assert all("model.pt" in line and "in the network" in line for line in lines)
 
@@ -384,6 +384,14 @@ def test_weights_that_are_no_numbers_are_refused(value, tmp_path):
     for adapt in ((), ADAPTED):
         with pytest.raises(InputError, match=r"model.pt: 1 of the 144 values of out_conv.weight are NaN or infinite"):
             WeightsLoader(str(tmp_path / "model.pt"), small_network(), adapt)(Engine(lambda e, b: None))
+
+
+def test_calibration_that_is_no_number_is_refused(tmp_path):
+    source = small_network()
+    source.state_dict()["record.reliability"][0, 3] = float("nan")
+    torch.save(source.state_dict(), tmp_path / "model.pt")
+    with pytest.raises(InputError, match=r"model.pt: 1 of the \d+ values of record.reliability are NaN"):
+        WeightsLoader(str(tmp_path / "model.pt"), small_network())(Engine(lambda e, b: None))
 
 
 @pytest.mark.parametrize(
@@ -435,7 +443,7 @@ def test_booleans_from_the_command_line(text, value):
 
 
 def test_other_words_are_no_booleans():
-    with pytest.raises(InputError, match="'yes' is no boolean"):
+    with pytest.raises(InputError, match="'yes' is neither true nor false"):
         as_bool("yes")
 
 

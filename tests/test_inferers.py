@@ -12,6 +12,7 @@ import torch
 from monai.data import MetaTensor
 from monai.networks.schedulers import DDPMScheduler as MonaiDDPMScheduler
 
+from medsegdiff_monai import windows
 from medsegdiff_monai.errors import InputError
 from medsegdiff_monai.inferers import DiffusionEnsembleInferer
 from medsegdiff_monai.networks import MedSegDiffUNet
@@ -40,13 +41,15 @@ def test_any_size_comes_back(network, size):
     assert out.min() >= 0 and out.max() <= 1
 
 
-def test_result_depends_neither_on_the_batch_nor_on_the_number_of_members_or_windows(network):
-    images = torch.rand(3, 1, 12, 8)
+@pytest.mark.parametrize("size", [(8, 8), (12, 8)])
+def test_result_depends_neither_on_the_batch_nor_on_the_windows_at_a_time(size, network):
+    images = torch.rand(3, 1, *size)
     together = inferer()(images, network)
     alone = torch.cat([inferer()(image[None], network) for image in images])
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
-    torch.testing.assert_close(inferer(num_members=1)(images, network), together[:, :2], atol=1e-5, rtol=0)
     torch.testing.assert_close(inferer(sw_batch_size=4)(images, network), together, atol=1e-5, rtol=0)
+    if size == (8, 8):  # in windows, members are matched with each other
+        torch.testing.assert_close(inferer(num_members=1)(images, network), together[:, :2], atol=1e-5, rtol=0)
 
 
 def test_members_and_seeds_differ_but_cases_do_not():
@@ -172,7 +175,9 @@ def test_running_out_of_memory_halves_the_members_at_a_time_once(size, network, 
 
 
 @pytest.mark.parametrize("size", [(8, 8), (14, 9)])
-def test_drawing_stops_when_the_mask_of_the_mean_is_stable(size, network):
+def test_drawing_stops_when_the_mask_of_the_mean_is_stable(size, network, monkeypatch):
+    # members that are drawn one at a time have no other member to change places with
+    monkeypatch.setattr(windows, "best_match", lambda members, reference: torch.arange(len(members)))
     image = torch.rand(1, 1, *size)
     everyone = inferer(num_members=9)(image, network).unflatten(1, (9, 2))
     counts = []

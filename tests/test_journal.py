@@ -163,3 +163,11 @@ def test_a_mask_that_someone_has_corrected_is_whole(tmp_path):
     assert is_whole(mask)
     mask.write_bytes(mask.read_bytes()[:-9])
     assert not is_whole(mask)
+
+
+def test_what_this_program_wrote_is_not_unpacked_to_see_that_it_is_whole(tmp_path, monkeypatch):
+    """Thousands of finished cases are looked at before the first new one."""
+    mask = tmp_path / "mask.nii.gz"
+    nib.save(nib.Nifti1Image(np.arange(4000, dtype=np.uint8).reshape(10, 20, 20), np.eye(4)), mask)
+    monkeypatch.setattr("medsegdiff_monai.journal.gzip.open", lambda path: pytest.fail("it was unpacked"))
+    assert is_whole(mask)

@@ -97,7 +97,7 @@ def test_stopped_training_says_in_a_line_how_to_go_on(number, code, data, tmp_pa
     log = (tmp_path / "run" / "log.txt").read_text()
     assert "Traceback" not in log
     last = log.strip().splitlines()[-1]
-    assert last.startswith("stopped. The training up to epoch ") and "--resume true goes on" in last
+    assert last.startswith("stopped. The training up to epoch ") and "--resume true continues" in last
     assert not leftovers(tmp_path / "run")
 
 
@@ -155,7 +155,7 @@ def test_stopped_inference_says_in_a_line_how_to_go_on(data, trained, tmp_path):
     log = (tmp_path / "out.txt").read_text()
     assert "Traceback" not in log
     assert "cases of this run are finished, in " in log.strip().splitlines()[-1]
-    assert log.strip().endswith("the same command goes on with the others.")
+    assert log.strip().endswith("the same command continues with the others.")
 
 
 @pytest.mark.slow

@@ -175,8 +175,8 @@ def test_folders_that_make_no_ensemble_are_refused(folds: list[Path], tmp_path: 
     for folders, words in (
         ([], "give a folder for each member"),
         ([folds[0], folds[0]], "is given twice"),
-        ([folds[0]], "knows no uncertainty"),
-        ([tmp_path / "nowhere"], "is no folder"),
+        ([folds[0]], "carries no uncertainty"),
+        ([tmp_path / "nowhere"], "is not a folder"),
         ([tmp_path], "both of the case"),
     ):
         with pytest.raises(InputError, match=words):

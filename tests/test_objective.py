@@ -7,13 +7,14 @@ from itertools import combinations, product
 import pytest
 import torch
 import torch.nn.functional as F
-from ignite.engine import Engine
+from ignite.engine import Engine, Events
 from monai.bundle import ConfigParser
+from monai.engines import Evaluator
 from monai.metrics import compute_iou
 
 from medsegdiff_monai import objective
 from medsegdiff_monai.errors import InputError
-from medsegdiff_monai.handlers import WarmStart
+from medsegdiff_monai.handlers import BestModelSaver, EarlyStopping, WarmStart
 from medsegdiff_monai.metrics import generalised_energy_distance
 from medsegdiff_monai.networks import MedSegDiffUNet
 from medsegdiff_monai.objective import (
@@ -280,12 +281,39 @@ def test_a_training_starts_with_single_masks(epochs, sizes):
     assert seen == sizes[epochs // 2 :]
 
 
-def test_the_score_of_a_set_of_one_is_a_loss_of_its_mask():
+def test_no_validation_of_single_masks_is_the_best_of_a_training(tmp_path):
+    """However good its Dice is, later weights replace it; patience does not run out before sets of masks begin."""
+    dice = [0.1, 0.9, 0.2, 0.3, 0.5, 0.4]
+    network = torch.nn.Linear(1, 1)
+    data, metric = [(0, 0)], "val_mean_dice"
+    validator = Evaluator("cpu", data, epoch_length=1, key_val_metric=None)
+    validator.state.key_metric_name = metric
+
+    def validate(engine):
+        state = validator.state
+        state.epoch, score = engine.state.epoch, dice[engine.state.epoch - 1]
+        if score > state.best_metric or state.best_metric_epoch == -1:
+            state.best_metric, state.best_metric_epoch = score, engine.state.epoch
+
+    written = []
+    trainer = Engine(lambda engine, _: network.weight.data.fill_(engine.state.epoch))
+    WarmStart(SegmentationDiffusionPrepareBatch(DDIMScheduler()), validator).attach(trainer)
+    trainer.add_event_handler(Events.EPOCH_COMPLETED, validate)
+    BestModelSaver(network, str(tmp_path / "model.pt"), validator).attach(trainer)
+    EarlyStopping(validator, patience=1, val_interval=1).attach(trainer)
+    trainer.add_event_handler(
+        Events.EPOCH_COMPLETED, lambda: written.append(int(torch.load(tmp_path / "model.pt")["weight"]))
+    )
+    trainer.run([0], max_epochs=6)
+    assert written == [1, 2, 3, 4, 5, 5]
+    assert validator.state.best_metric_epoch == 5
+
+
+def test_a_set_of_one_is_trained_by_segmentation_losses_alone():
     logits, raters = torch.randn(2, 1, 5, 5), masks(2, 3, 1, 5, 5)
-    s = logits.sigmoid()[:, None]
-    plain = soft_jaccard_distance(s, raters).mean() + 0.3 * F.binary_cross_entropy_with_logits(logits, raters.mean(1))
+    bce = F.binary_cross_entropy_with_logits(logits, raters.mean(1))
     dice = [mask_loss(logits, y) - F.binary_cross_entropy_with_logits(logits, y) for y in raters.transpose(0, 1)]
-    torch.testing.assert_close(ensemble_score(logits, raters), plain + 0.5 * torch.stack(dice).mean())
+    torch.testing.assert_close(ensemble_score(logits, raters), 0.3 * bce + 0.5 * torch.stack(dice).mean())
 
 
 def test_the_shipped_training_starts_so_unless_it_goes_on_from_weights():
@@ -293,6 +321,7 @@ def test_the_shipped_training_starts_so_unless_it_goes_on_from_weights():
         parser = ConfigParser()
         parser.read_config(str(CONFIGS / "train.json"))
         parser.update({"bundle_root": str(ROOT / "bundle"), "pretrained": pretrained})
+        parser["validate#evaluator"] = None  # there is no data here
         handlers = [h for h in parser["train#handlers"] if h["_target_"].endswith("WarmStart")]
         found = [parser.get_parsed_content(f"train#handlers#{parser['train#handlers'].index(h)}") for h in handlers]
         assert sum(isinstance(h, WarmStart) for h in found) == number

@@ -20,7 +20,7 @@ from PIL import Image
 from medsegdiff_monai.data import DataSpec, inference_items
 from medsegdiff_monai.errors import InputError
 from medsegdiff_monai.handlers import EnergyDistance
-from medsegdiff_monai.handlers.report import TrainingReport
+from medsegdiff_monai.handlers.training_report import TrainingReport
 from medsegdiff_monai.inferers import ANTITHETIC
 from medsegdiff_monai.journal import CaseJournal, file_stamps
 from medsegdiff_monai.metrics import expected_calibration_error, generalised_energy_distance, rater_scores
@@ -362,7 +362,7 @@ def test_the_picture_of_a_case_has_the_members_that_differ_most(number, shown, t
         masks[3, :, :2] = False
     given = {}
     monkeypatch.setattr(
-        "medsegdiff_monai.cases.overlay_bytes", lambda *args: given.update(args[-1]) or overlay_bytes(*args)
+        "medsegdiff_monai.cases.overlay_bytes", lambda *args: given.update(args[7]) or overlay_bytes(*args)
     )
     write(tmp_path, (item, {**output, "member_masks": masks}), outputs=list(OUTPUTS))
     assert list(given) == [f"member {i} of {number}" for i in shown]

@@ -164,12 +164,12 @@ def test_readme_follows_the_template_of_the_zoo():
             lambda root: torch.save({"a": torch.zeros(1)}, root / "models" / "model.pt"),
             r"model\.pt: weights of another",
         ),
-        (lambda root: (root / "configs" / "metadata.json").unlink(), r"is no bundle: give --bundle_root DIR"),
+        (lambda root: (root / "configs" / "metadata.json").unlink(), r"is not a bundle: give --bundle_root DIR"),
         (lambda root: (root.parents[1] / "dist").write_text(""), r"\.zip: cannot be written \("),
         (lambda root: (root / "docs" / "README.md").write_text("# Title"), r"README\.md: lacks the line <!-- measured"),
         (
             lambda root: (root / "configs" / "metadata.json").write_text('{"version": "9"}'),
-            r"'9' is no key of changelog",
+            r"'9' is missing in changelog",
         ),
     ],
 )
@@ -217,7 +217,7 @@ def test_what_no_package_has_written_is_left_alone(root, tmp_path, foreign):
     target = tmp_path / "dist" / NAME / foreign
     target.parent.mkdir(parents=True)
     target.write_text("mine")
-    with pytest.raises(InputError, match=r"is no earlier package.*move it away"):
+    with pytest.raises(InputError, match=r"is not an earlier package.*move it away"):
         package_bundle(str(tmp_path / "dist"), str(root))
     assert target.read_text() == "mine" and len(list((tmp_path / "dist").iterdir())) == 1
 

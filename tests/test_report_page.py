@@ -207,14 +207,14 @@ def test_the_log_has_an_aligned_table_and_the_worst_cases() -> None:
     assert table[-1].split() == ["left", "atrial", "appendage", "0.500", "0.500", "50%", "5.00"]
     assert lines[0] == "Scored: 12 cases of the list 'test'."
     assert "Worst: c0 (Dice 0.077), c1 (Dice 0.154), c2 (Dice 0.231)." in lines
-    assert "Flagged, to be looked at: 3 of 12 cases." in lines and lines[-1] == "Report: out/report.html"
+    assert "Flagged for review: 3 of 12 cases." in lines and lines[-1] == "Report: out/report.html"
 
 
 def test_the_log_says_nothing_of_columns_that_are_not_there() -> None:
     rows = [{"case": "a", "dice_x": "0.5"}, {"case": "b", "dice_x": ""}]
     lines = summary_lines(rows, ["x"])
     assert lines == [
-        "Segmented: 2 cases.", "class  mean Dice  median  below 0.5", "x          0.500   0.500         0%",
+        "Scored: 2 cases.", "class  mean Dice  median  below 0.5", "x          0.500   0.500         0%",
         "Worst: a (Dice 0.500).",
     ]  # fmt: skip
     assert summary_lines([{"case": "a"}], ["x"]) == ["Segmented: 1 case."]

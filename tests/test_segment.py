@@ -170,7 +170,7 @@ def test_two_files_of_one_name_do_not_overwrite_each_other(tmp_path):
 
 
 def test_mistyped_variables_are_refused(tmp_path):
-    with pytest.raises(InputError, match=r"num_membrs: is no variable of inference\.json.* did you mean num_members\?"):
+    with pytest.raises(InputError, match=r"num_membrs: is not a variable of inference.* did you mean num_members\?"):
         run_segment(tmp_path, tmp_path / "scan.nii.gz", num_membrs=3)
     assert not (tmp_path / "out").exists()
 

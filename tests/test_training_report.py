@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import time
 from types import SimpleNamespace
 
@@ -13,6 +15,7 @@ from PIL import Image
 
 from medsegdiff_monai.handlers import ClassMetrics, SaturationWarning, TensorBoardLog, TrainingHistory, TrainingReport
 from medsegdiff_monai.handlers.history import read_history
+from medsegdiff_monai.variables import VARIABLES
 
 from .conftest import PICTURE_SETTINGS, VOLUME_SETTINGS, make_png_dataset
 from .test_bad_input import message
@@ -25,10 +28,10 @@ def test_a_training_shows_how_it_goes_and_stops_early(bundle, tmp_path, capsys):
     make_png_dataset(data, cases=11)
     settings = {
         **PICTURE_SETTINGS, "dataset_dir": data, "optimizer#lr": 0.0, "max_epochs": 9, "patience": 2,
-        "validate#handlers#4#number": 2,
+        "validate#handlers#4#number": 2, "train#handlers#2#_disabled_": True,  # WarmStart, after which patience begins
     }  # fmt: skip
     out = bundle("train", **settings)
-    assert "Stopped early: no validation since epoch 1 was better (patience=2)" in capsys.readouterr().out
+    assert "Stopped early: no better validation since epoch 1 (patience=2)" in capsys.readouterr().out
 
     rows = read_history(out)
     assert [row["epoch"] for row in rows] == [1, 2, 3]
@@ -55,6 +58,19 @@ def test_a_training_shows_how_it_goes_and_stops_early(bundle, tmp_path, capsys):
     bundle("train", **{**settings, "max_epochs": 1})  # anew: nothing of the longer run stays
     assert [path.name for path in (out / "validation").iterdir()] == ["epoch_001"]
     assert "1 of 1, finished" in (out / "training_report.md").read_text()
+
+
+def test_the_report_records_every_variable_that_is_declared(bundle, pictures):
+    noise = [{"_target_": "RandGaussianNoised", "keys": "image"}]
+    settings = {**PICTURE_SETTINGS, "dataset_dir": pictures, "augmentation": noise, "regions": {"a|b": [1]}}
+    report = (bundle("train", **settings, use_ff_parser="FALSE") / "training_report.md").read_text()
+    lines = report.split("| setting | value |")[1].splitlines()[2:]
+    found = dict(re.fullmatch(r"\| (.+?) \| (.*) \|", line).groups() for line in lines if line)
+    facts = ["training cases", "validation cases", "field of the network"]
+    assert list(found) == facts + [v.name for v in VARIABLES.values() if "train" in v.configs]
+    assert found["dataset_dir"] == str(pictures) and found["device"] == "cpu" and found["objective"] == "ensemble"
+    assert json.loads(found["augmentation"]) == noise and found["regions"] == '{"a\\|b": [1]}'
+    assert (found["use_ff_parser"], found["spacing"], found["channels"]) == ("false", "null", "[8, 8]")
 
 
 def test_volumes_have_pictures_too(bundle, volumes):
@@ -105,7 +121,7 @@ def test_an_interrupted_training_has_a_report(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         small_run(tmp_path, epochs=5, raises_in=3)
     report = (tmp_path / "training_report.md").read_text()
-    assert "2 of 5, training goes on" in report and "val_mean_dice 0.2000 at epoch 2" in report
+    assert "2 of 5, training continues" in report and "val_mean_dice 0.2000 at epoch 2" in report
 
 
 def validation(masks, labels):

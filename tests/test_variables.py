@@ -21,7 +21,7 @@ from medsegdiff_monai.configs import PARTS, TRACKING, as_written, check_config, 
 from medsegdiff_monai.errors import InputError, find_input_error
 from medsegdiff_monai.kinds import literal
 from medsegdiff_monai.variables import CONFIGS as NAMES
-from medsegdiff_monai.variables import VARIABLES, describe, table
+from medsegdiff_monai.variables import VARIABLES, describe
 
 from .conftest import CONFIGS, PICTURE_SETTINGS, ROOT, TINY
 
@@ -102,12 +102,6 @@ def test_overlays_for_gpus_pass():
     read("inference", CONFIGS / "inference_trt.json")
 
 
-def test_the_guide_has_the_table():
-    guide = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
-    begin, end = "<!-- written by medsegdiff_monai.variables.table -->\n", "\n<!-- end of the table -->"
-    assert guide.partition(begin)[2].partition(end)[0] == table(BUNDLE)
-
-
 def test_settings_lists_all_that_a_config_has():
     for name in NAMES:
         lines = describe(name, BUNDLE).splitlines()
@@ -127,7 +121,7 @@ SLIPS = {
     "logging_fil": ("inference", "did you mean logging_file?"),
     "train#dataloder": ("train", "did you mean dataloader?"),
     "train#trainer#max_epoch": ("train", "SupervisedTrainer has no such argument: did you mean max_epochs?"),
-    "inferer#overlp": ("inference", "DiffusionEnsembleInferer has no such argument: did you mean overlap?"),
+    "inferer#overlp": ("inference", "DeepEnsembleInferer has no such argument: did you mean overlap?"),
     "network_def#use_mask_gat": ("train", "did you mean use_mask_gate?"),
     "train#handlers#0#adept": ("train", "did you mean adapt?"),
     "displayable_configs#fusio": ("inference", "did you mean fusion?"),
@@ -302,7 +296,8 @@ RIGHT = {
     "word": PLACES,
     "empty": PLACES,
     "half": {
-        "learning_rate", "max_grad_norm", "cache_rate", "agreement_threshold", "signal_scale", "surface_tolerance"
+        "learning_rate", "max_grad_norm", "cache_rate", "agreement_threshold", "signal_scale", "surface_tolerance",
+        "min_size",
     },
     "huge": {"max_grad_norm"},
 }  # fmt: skip
@@ -432,7 +427,7 @@ BROKEN = {
 
 def test_an_overlay_alone_is_no_config(tmp_path):
     (tmp_path / "overlay.json").write_text('{"seed": 1}')
-    with pytest.raises(InputError, match="only variables: name the bundle's config, too"):
+    with pytest.raises(InputError, match="only variables: name the bundle's config before them"):
         read_config(tmp_path / "overlay.json")
 
 
@@ -454,3 +449,54 @@ def test_a_typo_stops_a_training_before_anything_is_written(pictures, tmp_path):
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert done.stderr.rstrip().endswith("did you mean max_epochs?") and "\nerror: max_epoch: " in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+BAD_PARTS = {
+    "optimizer#lr": ("train", "abc", "'<=' not supported between instances of 'float' and 'str'"),
+    "scheduler#schedule": ("inference", "nope", "schedule is 'nope'"),
+    "scheduler#_target_": ("inference", "nowhere.DDIM", "Cannot locate class or function path: 'nowhere.DDIM'"),
+    "train#dataloader#batch_size": ("train", 0, "batch_size should be a positive integer"),
+    "validate#inferer#overlap": ("train", "abc", "overlap='abc' must be a number"),
+}
+
+
+@pytest.mark.parametrize("place", ["command line", "overlay"])
+@pytest.mark.parametrize("name", BAD_PARTS)
+def test_a_part_that_its_class_does_not_take_is_named(name, place, pictures, tmp_path, monkeypatch, capsys):
+    """In one line; what is wrong elsewhere is shown as ever."""
+    config, bad, words = BAD_PARTS[name]
+    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
+    files = [str(CONFIGS / f"{config}.json")]
+    if place == "overlay":
+        (tmp_path / "overlay.json").write_text(json.dumps({name: bad}))
+        files.append(str(tmp_path / "overlay.json"))
+    asked = {name: bad} if place == "command line" else {}
+    settings = {**PICTURE_SETTINGS, "dataset_dir": str(pictures), "bundle_root": BUNDLE, "device": "cpu"}
+    parser = create_workflow(config_file=files, **settings, **asked).parser
+    with pytest.raises(Exception) as error:
+        parser.get_parsed_content(name.rpartition("#")[0])
+    sys.excepthook(error.type, error.value, error.tb)
+    told = capsys.readouterr().err
+    told = told[told.index("\nerror: ") :]  # after a progress bar
+    assert words in told and "Traceback" not in told and told.count("\n") == 2
+    if "overlap" not in name:  # that says it by itself
+        assert told.startswith(f"\nerror: {name}={bad!r} cannot be used: ")
+    sys.excepthook(RuntimeError, RuntimeError("of another kind"), None)
+    assert "RuntimeError: of another kind" in capsys.readouterr().err
+
+
+def test_a_stray_word_is_no_reason_to_check_nothing():
+    """MONAI takes the second of two images for what is to be initialised."""
+    stray = workflow("inference", init_id="b.png")
+    with pytest.raises(RuntimeError) as error:
+        stray.run()
+    assert "b.png: inference.json has nothing of that name to initialise" in str(find_input_error(error.value))
+
+
+@pytest.mark.parametrize("text, value", [("false", False), ("True", True), (False, False)])
+def test_booleans_of_the_network_itself_are_read_before_it_is_built(text, value):
+    """As ``--network_def#use_mask_gate false`` sets them, which fire leaves a text."""
+    parser = read_config(
+        CONFIGS / "train.json", bundle_root=str(ROOT / "bundle"), **{"network_def#use_mask_gate": text}
+    )
+    assert parser["network_def"]["use_mask_gate"] is value

@@ -33,6 +33,8 @@ def test_train_evaluate_and_segment(volumes, tmp_path, monkeypatch, capsys):
     call(monkeypatch, "train", volumes, "-o", "mine", *small)
     said = capsys.readouterr().out
     assert "Runs: python -m monai.bundle run training --config_file" in said and "--max_epochs 1" in said
+    report = said.split("Report: ")[1].splitlines()[0]
+    assert "| max_epochs | 1 |" in Path(report).read_text()
     overlay = json.loads(Path("mine/overlay.json").read_text())
     assert overlay["channels"] == [8, 8] and overlay.get("max_epochs") != 1
     call(monkeypatch, "evaluate", volumes, "--trained", "mine", "--output_dir", "scores", "--device", "cpu")
@@ -44,14 +46,16 @@ def test_train_evaluate_and_segment(volumes, tmp_path, monkeypatch, capsys):
 
 
 def test_a_folder_without_a_training_is_named(tmp_path, monkeypatch):
-    with pytest.raises(InputError, match=r"overlay\.json: no such file: give the folder that `medsegdiff train`"):
+    with pytest.raises(
+        InputError, match=r"overlay\.json: no such file: give the folder of a finished `medsegdiff train`"
+    ):
         call(monkeypatch, "segment", "scan.nii.gz", "--trained", tmp_path, "-o", tmp_path / "out")
 
 
 def test_init_copies_the_bundle_once(tmp_path, monkeypatch):
     call(monkeypatch, "init", tmp_path / "mine")
     assert (tmp_path / "mine" / "configs" / "train.json").is_file()
-    with pytest.raises(InputError, match="is there already"):
+    with pytest.raises(InputError, match="already exists"):
         call(monkeypatch, "init", tmp_path / "mine")
 
 

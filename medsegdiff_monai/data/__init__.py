@@ -1,20 +1,23 @@
 """Data lists, their check, and readers of raw data sets."""
 
+import warnings
+from typing import Any
+
 from .caching import cached_dataset
 from .datalist import TrainingSplits, evaluation_items, training_splits
 from .inference import CaseDataset, CaseList, CaseLoader, inference_items
 from .reading import FileReader
 from .rules import DataSpec, check_items
-from .sampling import EvaluationShare, TrainingShare, training_sampler
+from .sampling import DistributedEvaluationSampler, DistributedTrainingSampler, training_sampler
 
 __all__ = [
     "CaseDataset",
     "CaseList",
     "CaseLoader",
     "DataSpec",
-    "EvaluationShare",
+    "DistributedEvaluationSampler",
+    "DistributedTrainingSampler",
     "FileReader",
-    "TrainingShare",
     "TrainingSplits",
     "cached_dataset",
     "check_items",
@@ -23,3 +26,13 @@ __all__ = [
     "training_sampler",
     "training_splits",
 ]
+
+_RENAMED = {"EvaluationShare": "DistributedEvaluationSampler", "TrainingShare": "DistributedTrainingSampler"}
+
+
+def __getattr__(name: str) -> Any:
+    """Return what had another name."""
+    if name not in _RENAMED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warnings.warn(f"{__name__}.{name} is now {_RENAMED[name]}.", FutureWarning, stacklevel=2)
+    return globals()[_RENAMED[name]]

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import InputError
 
-__all__ = ["MAX_INFLATION", "check_size", "inside", "memory_bytes"]
+__all__ = ["MAX_INFLATION", "check_place", "check_size", "inside", "memory_bytes"]
 
 MAX_INFLATION = 1100  # a deflated byte holds at most 1032
 MEMORY_SHARE = 4  # an image as float64 may fill one part in so many of the memory
@@ -30,12 +30,26 @@ def inside(folder: Path, name: Any) -> Path:
         InputError: for a path that leads elsewhere.
     """
     if not isinstance(name, str) or not name or "\0" in name:
-        raise InputError(f"{folder}: {str(name)[:100]!r} is no file name: correct the list.")
+        raise InputError(f"{folder}: {str(name)[:100]!r} is not a file name: correct the list.")
     base = os.path.abspath(folder)
     path = os.path.abspath(os.path.join(base, name))
     if not path.startswith(base + os.sep):
         raise InputError(f"{folder}: the path {name[:200]!r} leads out of the folder: give paths inside it.")
     return Path(path)
+
+
+def check_place(path: Path) -> None:
+    """Refuse what is neither a file nor a folder; to read a pipe would take for ever.
+
+    Raises:
+        InputError: for that, and where nothing is there.
+    """
+    if path.is_symlink() and not path.exists():
+        raise InputError(f"{path}: is a link to a file that is not there: repair the link, or remove it.")
+    if not path.exists():
+        raise InputError(f"{path}: no such file: correct the path in the data list, or add the file.")
+    if not path.is_file() and not path.is_dir():
+        raise InputError(f"{path}: is a pipe, socket or device, not a file: move it away.")
 
 
 def check_size(path: Path, shape: Sequence[int], item_bytes: int, available: float) -> None:

@@ -83,7 +83,7 @@ class DiskCacheDataset(PersistentDataset):
                 with torch.serialization.safe_globals(SAFE):
                     return torch.load(file, weights_only=True)
             except (EOFError, RuntimeError, UnpicklingError) as error:
-                logger.warning(f"{file}: cannot be read, and is made anew: {error}")
+                logger.warning(f"{file}: cannot be read and is written anew: {error}")
         result = self._pre_transform(deepcopy(item))
         content = io.BytesIO()
         torch.save(convert_to_tensor(result, convert_numeric=False, track_meta=True), content)

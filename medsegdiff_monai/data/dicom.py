@@ -17,7 +17,7 @@ from monai.data.utils import orientation_ras_lps
 from monai.utils import MetaKeys, SpaceKeys
 
 from ..errors import InputError, reading
-from .bounds import MAX_INFLATION, check_size
+from .bounds import MAX_INFLATION, check_place, check_size
 from .dicom_header import SYNTAX, Header, has_dicom_mark, read_header
 
 __all__ = ["check_series", "is_dicom_file", "read_series"]
@@ -33,14 +33,18 @@ NO_IMAGES = (  # storage classes of files that are often kept beside slices
 )
 KIND, CLASS, INSTANCE, MODALITY = 0x00080008, 0x00080016, 0x00080018, 0x00080060
 PATIENT, MEDIA_CLASS = 0x00100020, 0x00020002
-STUDY, SERIES, NUMBER, POSITION, ORIENTATION, FRAME = (
-    0x0020000D, 0x0020000E, 0x00200013, 0x00200032, 0x00200037, 0x00200052,
+THICKNESS, ECHO, DISTANCE = 0x00180050, 0x00180086, 0x00180088
+STUDY, SERIES, NUMBER, POSITION, ORIENTATION, FRAME, TIME_POINT = (
+    0x0020000D, 0x0020000E, 0x00200013, 0x00200032, 0x00200037, 0x00200052, 0x00200100,
 )  # fmt: skip
 SAMPLES, COLOURS, FRAMES, ROWS, COLUMNS, SPACING, ALLOCATED, STORED, HIGH_BIT, SIGNED = (
     0x00280002, 0x00280004, 0x00280008, 0x00280010, 0x00280011, 0x00280030,
     0x00280100, 0x00280101, 0x00280102, 0x00280103,
 )  # fmt: skip
-COMMON = {PATIENT: "patient", STUDY: "study", MODALITY: "modality", FRAME: "frame of reference"}  # of all slices
+COMMON = {  # of all slices
+    PATIENT: "patient", STUDY: "study", MODALITY: "modality", FRAME: "frame of reference", ECHO: "echo",
+    TIME_POINT: "time point",
+}  # fmt: skip
 TOLERANCE = 0.05  # of the distance of slices, that one may lie off its place: files round positions
 DRIFT = 1e-3  # of the length of a stack, that it may lean: files round directions
 SAME_PLACE = 0.01  # of the mean distance of slices
@@ -122,7 +126,7 @@ def _stack(folder: Path) -> tuple[list[_Slice], np.ndarray | None]:
     _agree(slices)
     slices, along = _in_order(slices)
     _check_steps(slices, along)
-    _note_numbers(folder, slices)
+    _check_numbers(folder, slices, (along[-1] - along[0]) / (len(along) - 1))
     return slices, _affine(slices)
 
 
@@ -130,9 +134,8 @@ def _headers(folder: Path) -> list[Header]:
     """The headers of all DICOM images of a folder; what else is there is named."""
     with reading(folder):
         paths = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    lost = next((path for path in paths if path.is_symlink() and not path.exists()), None)
-    if lost is not None:
-        raise InputError(f"{lost}: is a link to a file that is not there: mend the link, or remove it.")
+    for path in paths:
+        check_place(path)
     files = [path for path in paths if path.is_file()]
     marked = [path for path in files if has_dicom_mark(path)]
     headers = [read_header(path) for path in marked]
@@ -142,15 +145,15 @@ def _headers(folder: Path) -> list[Header]:
     for path in others:
         if _is_named_as_slice(path, suffixes):
             raise InputError(
-                f"{path}: is no DICOM file, though it is named like one: replace it, it is damaged, or move it away."
+                f"{path}: is named like a DICOM file, but is not one: replace it if it is damaged, or move it away."
             )
     left_out = [header.path.name for header in headers if _is_no_image(header)] + [path.name for path in others]
     if not images:
         raise InputError(f"{folder}: holds no DICOM image{_instead(paths, left_out)}.")
     if left_out:
-        _note(f"{folder}: left out, since they are no DICOM images: {_listed(left_out)}.")
+        _note(f"{folder}: skipped, not DICOM images: {_listed(left_out)}.")
     if within := [path.name for path in paths if path.is_dir() and any(map(is_dicom_file, path.iterdir()))]:
-        _note(f"{folder}: the DICOM files in its folders {_listed(within)} are no part of the series.")
+        _note(f"{folder}: the DICOM files in its folders {_listed(within)} are not part of the series.")
     return images
 
 
@@ -342,11 +345,23 @@ def _check_lean(slices: Sequence[_Slice], along: np.ndarray) -> None:
         )
 
 
-def _note_numbers(folder: Path, slices: Sequence[_Slice]) -> None:
-    """Say so where the numbers of the files have holes, though the slices that are there are a regular stack."""
-    numbers = sorted(int(n) for one in slices if (n := one.header.text(NUMBER)).lstrip("+-").isdigit())
-    holes = sum(b - a > 1 for a, b in pairwise(numbers))
-    if numbers and (holes or numbers[0] > 1):
+def _check_numbers(folder: Path, slices: Sequence[_Slice], step: float) -> None:
+    """Refuse a stack of which every second or third slice is there, as numbers and distances (mm) tell.
+
+    Where the numbers have other holes, a line says so: the slices that are there are a regular stack.
+    """
+    numbers = [int(n) for one in slices if (n := one.header.text(NUMBER)).lstrip("+-").isdigit()]
+    apart = {abs(b - a) for a, b in pairwise(numbers)}
+    if len(numbers) == len(slices) and len(apart) == 1 and (times := apart.pop()) > 1:
+        header = slices[0].header
+        told = (header.numbers(DISTANCE, 1) or header.numbers(THICKNESS, 1) or (0.0,))[0]
+        if abs(step / times - told) <= TOLERANCE * told:
+            raise InputError(
+                f"{header.path}: the next slice is {step:g} mm and {times} numbers away, where one of {told:g} mm "
+                "should follow: slices between them are missing, add their files."
+            )
+    numbers.sort()
+    if numbers and (numbers[0] > 1 or any(b - a > 1 for a, b in pairwise(numbers))):
         _note(
             f"{folder}: its {len(slices)} slices are numbered {numbers[0]} to {numbers[-1]}: if others belong to the "
             "series, the mask will not cover them."

@@ -163,7 +163,7 @@ class _Walk:
         if kind in SHORT:
             return tag, kind, int(unpack(self.order + "H", head[6:8])[0]), at + 8
         if kind not in LONG or len(head) < 12:
-            raise _Damage(f"element ({tag >> 16:04x},{tag & 0xFFFF:04x}) is of no known kind")
+            raise _Damage(f"element ({tag >> 16:04x},{tag & 0xFFFF:04x}) is of an unknown kind")
         return tag, kind, int(unpack(self.order + "I", head[8:12])[0]), at + 12
 
     def element(self, at: int, end: int, keep: bool = False) -> int:

@@ -10,6 +10,7 @@ import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,13 @@ class DataList:
     content: Mapping[str, Any]
     entries: list[Entry]
     faults: list[str]
+
+    @property
+    def unused(self) -> dict[str, int]:
+        """Other lists of cases, which nothing reads, and how many they hold; not what ``prepare`` lists apart."""
+        others = {name: listed for name, listed in self.content.items() if name not in (*SPLITS, "unlabelled")}
+        lists = {name: listed for name, listed in others.items() if isinstance(listed, list)}
+        return {n: len(one) for n, one in lists.items() if any(isinstance(e, dict) and "image" in e for e in one)}
 
     def of(self, split: str) -> list[Entry]:
         """The cases of ``training``, ``validation`` or ``test``."""
@@ -152,6 +160,7 @@ def read_data_list(folder: str | Path) -> DataList:
         raise InputError(f"{file}: must hold an object with the list 'training', not {type(content).__name__}.")
     _check_text(content, file)
     _refuse_nnunet(content, file)
+    _refuse_misspelt(content, file)
     entries, faults = [], []
     for split in SPLITS:
         listed = content.get(split) or []
@@ -172,6 +181,16 @@ def _refuse_nnunet(content: Mapping[str, Any], file: Path) -> None:
             f"{file}: is nnU-Net's, which lists no cases: run python -m medsegdiff_monai prepare nnunet "
             f"--source {shlex.quote(str(file.parent))} --output DIR, and give DIR."
         )
+
+
+def _refuse_misspelt(content: Mapping[str, Any], file: Path) -> None:
+    """Refuse ``train``, ``Validation``, ``val`` or ``testing`` in place of a list that is missing."""
+    for split in [split for split in SPLITS if not content.get(split)]:
+        for name, listed in content.items():
+            plain = name.casefold()
+            near = len(plain) > 1 and (split.startswith(plain) or get_close_matches(plain, SPLITS, 1) == [split])
+            if name not in SPLITS and near and isinstance(listed, list) and listed:
+                raise InputError(f"{file}: lists {len(listed)} cases under {name!r}: did you mean {split!r}?")
 
 
 def _check_text(content: Any, file: Path) -> None:
@@ -195,7 +214,10 @@ def _entry(entry: Any, split: str, folder: Path) -> Entry:
     files = [_path(name, "image", folder) for name in (image if several else [image])]
     label = _path(entry["label"], "label", folder) if "label" in entry else None
     raters = _raters(entry["labels"], folder) if "labels" in entry else ()
-    return Entry(split, files if several else files[0], label, raters, _group(entry))
+    found = Entry(split, files if several else files[0], label, raters, _group(entry))
+    if {*map(os.path.realpath, found.labels)} & {*map(os.path.realpath, files)}:
+        raise InputError(f"{files[0]}: is listed as its own label: correct the list, or the link.")
+    return found
 
 
 def _path(name: Any, key: str, folder: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from ..journal import CaseJournal, file_stamps
 from ..outputs import OUTPUTS, check_outputs
 from ..settings import as_bool
 from ..weights import digest
-from .datalist import _dataset_folder, _named, _read_lists, _split, hold_out
+from .datalist import _dataset_folder, _named, _read_lists, _split, cross_validate, hold_out
 from .dicom import is_dicom_file
 from .entries import first_file
 from .names import safe_name
@@ -163,17 +164,22 @@ def _walk(folder: Path, results: Path) -> list[dict[str, Any]]:
     left = [str(p.relative_to(folder)) for p in others if p.parent not in found and p.with_suffix("") not in partners]
     if left:
         more = f" and {len(left) - SHOWN} more" if len(left) > SHOWN else ""
-        print(f"{folder}: left out, since they are no images of a kind that is read: {', '.join(left[:SHOWN])}{more}.")
-    return [{"image": str(path.resolve())} for path in sorted(found)]
+        print(f"{folder}: skipped, not images of a supported format: {', '.join(left[:SHOWN])}{more}.")
+    return [{"image": os.path.abspath(path)} for path in sorted(found)]
 
 
-def _find(dataset_dir: str, output_dir: str, infer_split: str | None, seed: int) -> list[dict[str, Any]]:
+def _find(
+    dataset_dir: str, output_dir: str, infer_split: str | None, seed: int, num_folds: int | None, fold: int | None
+) -> list[dict[str, Any]]:
     """The cases of a Decathlon folder, or all images below a plain folder."""
     folder = _dataset_folder(dataset_dir)
     file = folder / "dataset.json"
     if file.is_file():
         lists = _read_lists(folder)
-        if infer_split is None and not lists["test"] and not lists["validation"]:
+        tested = infer_split == "test" or (infer_split is None and lists["test"])
+        if num_folds is not None and fold is not None and not tested:
+            lists["training"], lists["validation"] = cross_validate(lists, folder, seed, num_folds, fold)
+        elif infer_split is None and not lists["test"] and not lists["validation"]:
             lists["validation"] = hold_out(lists["training"], seed)[1]
         return _split(lists, ("test", "validation"), infer_split, "infer_split", file)
     items = _walk(folder, Path(output_dir))
@@ -186,13 +192,15 @@ def inference_items(
     dataset_dir: str,
     spec: DataSpec,
     output_dir: str,
-    checkpoint: str,
+    checkpoint: str | Sequence[str],
     infer_split: str | None = None,
     overwrite: bool | str = False,
     images: Sequence[str] | None = None,
     seed: int = 0,
     outputs: Sequence[str] | str = OUTPUTS,
     settings: Mapping[str, Any] | None = None,
+    num_folds: int | None = None,
+    fold: int | None = None,
 ) -> CaseList:
     """Return the cases to segment: those of a Decathlon folder, or all images below a plain folder.
 
@@ -203,23 +211,26 @@ def inference_items(
         dataset_dir: Decathlon folder (``test``, else ``validation``) or a folder of images.
         spec: what the config variables say of the data.
         output_dir: where results are written.
-        checkpoint: file of the weights.
+        checkpoint: file of the weights, or several.
         infer_split: ``training``, ``validation`` or ``test``, to choose another list.
         overwrite: whether to segment finished cases again.
         images: files to segment, in place of ``dataset_dir``.
         seed: seed of the training's split, for a Decathlon folder that lists training cases alone: those held out.
         outputs: what is written, see :func:`medsegdiff_monai.outputs.check_outputs`.
         settings: what the masks depend on, besides image and weights.
+        num_folds: of a Decathlon folder, where ``validation`` is the fold that a training of that ``seed`` holds out.
+        fold: which of them, from 0.
 
     Raises:
         InputError: where there is nothing to read, or ``outputs`` are none.
     """
     wanted = check_outputs(outputs)
-    made_with = {**(settings or {}), "checkpoint": digest(checkpoint)}
+    digests = [digest(file) for file in ensure_tuple(checkpoint)]
+    made_with = {**(settings or {}), "checkpoint": digests if len(digests) > 1 else digests[0]}
     if images:
-        items = [{"image": str(Path(image).resolve())} for image in images]
+        items = [{"image": os.path.abspath(image)} for image in images]  # a link names its case, not what it leads to
     else:
-        items = _find(dataset_dir, output_dir, infer_split, seed)
+        items = _find(dataset_dir, output_dir, infer_split, seed, num_folds, fold)
     journal = CaseJournal(output_dir)
     todo, reasons = [], Counter[str]()
     for item in _named([{"image": item["image"]} for item in items]):

@@ -162,7 +162,7 @@ def _check_meta(path: Path, head: bytes) -> tuple[str | None, int, str]:
     """
     found = META_HEADER.match(head)
     if found is None:
-        raise _damaged(path, "it is no list of fields that ends in ElementDataFile")
+        raise _damaged(path, "it is not a list of fields that ends in ElementDataFile")
     lines = [line.split("=", 1) for line in found[1].decode("ascii").splitlines()]
     fields = _once(path, [(key.strip(), value.strip()) for key, value in lines])
     axes = len(fields.get("DimSize", "").split())
@@ -189,7 +189,7 @@ def _check_nrrd(path: Path, head: bytes) -> tuple[str | None, int, str]:
     lines = found[1].decode("latin-1").splitlines()
     matches = [NRRD_FIELD.fullmatch(line) for line in lines if not line.startswith("#") and ":=" not in line]
     if not all(matches):
-        raise _damaged(path, "a line is no field")
+        raise _damaged(path, "a line is not a field")
     fields = _once(path, [(match[1].lower().replace(" ", ""), match[2]) for match in matches if match])
     _check_nrrd_axes(path, fields)
     name = fields["datafile"].strip() if "datafile" in fields else None
@@ -237,7 +237,7 @@ def _shape(path: Path) -> tuple[list[int], int, int]:
 
     header: Any = itk.ImageIOFactory.CreateImageIO(str(path), itk.CommonEnums.IOFileMode_ReadMode)
     if header is None:
-        raise InputError(f"{path}: is no image of its kind: replace the file, it may be truncated.")
+        raise InputError(f"{path}: cannot be read as an image of its kind: replace the file, it may be truncated.")
     header.SetFileName(str(path))
     header.ReadImageInformation()
     shape = [int(header.GetDimensions(i)) for i in range(header.GetNumberOfDimensions())]

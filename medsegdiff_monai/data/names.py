@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 from .entries import first_file
 from .reading import IMAGE_SUFFIXES
 
-__all__ = ["case_names", "safe_name", "stem_of"]
+__all__ = ["case_names", "folded", "safe_name", "stem_of"]
 
 MAX_BYTES = 180  # file systems take 255, of which the names of results and of temporary files need some
 # What else stands in a folder of results. Of another case, the name would be that of a case's folder.
@@ -27,6 +28,11 @@ def stem_of(path: str) -> str:
     return name
 
 
+def folded(name: str) -> str:
+    """A name without what some file systems do not tell apart: upper and lower case, and ways to write an umlaut."""
+    return unicodedata.normalize("NFC", name).casefold()
+
+
 def safe_name(name: str) -> str:
     """A name for a folder: inside of the one that it is made in, no formula to a spreadsheet, not too long, not hidden.
 
@@ -34,7 +40,7 @@ def safe_name(name: str) -> str:
     """
     name = name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")  # bytes of a file system that are no text
     name = re.sub(r"^[=+@.\s-]", "_", re.sub(r"[\x00-\x1f\x7f/\\\ufffd]", "_", name)) or "_"
-    if name.casefold() in RESERVED:
+    if folded(name) in RESERVED:
         name = f"{name.replace('.', '_')}_"
     if len(name.encode()) > MAX_BYTES:
         digest = hashlib.sha256(name.encode()).hexdigest()[:8]
@@ -45,7 +51,7 @@ def safe_name(name: str) -> str:
 def case_names(images: Sequence[str | Sequence[str]]) -> list[str]:
     """Name each case by its file's stem; stems that collide get their folder as prefix, or as many as it takes.
 
-    Upper and lower case are the same to some file systems, and so they are here.
+    Upper and lower case are the same to some file systems, and so they are here (:func:`folded`).
 
     Args:
         images: image files (the first one names a case of several).
@@ -59,12 +65,12 @@ def case_names(images: Sequence[str | Sequence[str]]) -> list[str]:
     names = [safe_name(stem) for stem in stems]
     deepest = max((len(path.parts) for path in paths), default=0)
     for depth in range(1, deepest):
-        clash = Counter(name.casefold() for name in names)
+        clash = Counter(map(folded, names))
         if len(clash) == len(names):
             break
         names = [
             safe_name(re.sub(r"[^\w.-]+", "_", "_".join([*path.parent.parts[-depth:], stem])))
-            if clash[name.casefold()] > 1
+            if clash[folded(name)] > 1
             else name
             for name, path, stem in zip(names, paths, stems)
         ]
@@ -73,13 +79,13 @@ def case_names(images: Sequence[str | Sequence[str]]) -> list[str]:
 
 def _numbered(names: Sequence[str]) -> list[str]:
     """Add a number to names that are still equal: those of names which are not safe, or of one file given twice."""
-    taken, result = {name.casefold() for name in names}, []
+    taken, result = {folded(name) for name in names}, []
     seen: set[str] = set()
     for name in names:
         new, number = name, 1
-        while new.casefold() in seen or (new != name and new.casefold() in taken):
+        while folded(new) in seen or (new != name and folded(new) in taken):
             number += 1
             new = f"{name}_{number}"
-        seen.add(new.casefold())
+        seen.add(folded(new))
         result.append(new)
     return result

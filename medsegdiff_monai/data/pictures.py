@@ -12,6 +12,7 @@ from monai.utils import MetaKeys, ensure_tuple
 from PIL import ExifTags, Image, ImageOps
 
 from ..errors import InputError, reading
+from .bounds import check_place
 
 __all__ = [
     "PICTURES",
@@ -40,6 +41,7 @@ def _open(path: str | Path) -> Image.Image:
     Raises:
         InputError: for what would not be read as it looks.
     """
+    check_place(Path(path))
     image = Image.open(path, formats=FORMATS)
     if image.width * image.height > MAX_PIXELS:
         raise InputError(
@@ -255,7 +257,7 @@ def mask_values(path: str | Path, alpha: bool = False) -> tuple[np.ndarray, str]
         values = np.asarray(_seen(image, path))
     if values.ndim == 3:
         raise InputError(f"{path}: holds colours: save label values, 0 for the background.")
-    return values // SCALED.get(raw, 1), "lossy" if lossy else "grey"
+    return values // SCALED[raw] if raw in SCALED else values, "lossy" if lossy else "grey"
 
 
 def _alpha_values(image: Image.Image, path: str | Path) -> np.ndarray:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -18,10 +20,11 @@ import torch
 from monai.data import ImageReader, MetaTensor, NibabelReader
 from monai.transforms import Compose, EnsureChannelFirst, LoadImage
 from monai.utils import MetaKeys, ensure_tuple
+from nibabel import FileHolder
 from nibabel.openers import ImageOpener
 
 from ..errors import InputError, reading
-from .bounds import MAX_INFLATION, check_size, inside, memory_bytes
+from .bounds import MAX_INFLATION, check_place, check_size, inside, memory_bytes
 from .dicom import check_series, is_dicom_file, read_series
 from .itk_files import ITK_FILES, ItkReader, check_itk
 from .pictures import PICTURES, PictureReader, check_picture, label_values
@@ -40,6 +43,7 @@ __all__ = [
     "reading",
 ]
 
+CHUNK = 2**20  # bytes to unpack at once
 MAX_TEXT_BYTES = 64 * 2**20  # of a JSON or XML file
 NIFTI = (".nii", ".nii.gz")
 IMAGE_SUFFIXES = (*NIFTI, *PICTURES, *ITK_FILES)
@@ -75,7 +79,7 @@ def _bounded_bytes(path: Path) -> bytes:
         with path.open("rb") as file:
             content = file.read(MAX_TEXT_BYTES + 1)
     if len(content) > MAX_TEXT_BYTES:
-        raise InputError(f"{path}: is larger than {MAX_TEXT_BYTES >> 20} MiB, which no such file needs: replace it.")
+        raise InputError(f"{path}: is larger than {MAX_TEXT_BYTES >> 20} MiB, too large for such a file: replace it.")
     return content
 
 
@@ -134,11 +138,33 @@ def open_nifti(path: str | Path) -> Any:
 
 
 def _check_nifti(path: Path) -> None:
-    header: Any = open_nifti(path).header
-    size = path.stat().st_size
+    image = open_nifti(path)
+    header, size = image.header, path.stat().st_size
     packed = path.name.lower().endswith(".gz")
-    available = size * MAX_INFLATION if packed else size - header.get_data_offset()
+    available = size * MAX_INFLATION if packed else size - image.dataobj.offset
     check_size(path, header.get_data_shape(), header.get_data_dtype().itemsize, available)
+    if header.get_data_dtype().kind not in "iuf":
+        raise InputError(f"{path}: holds complex numbers or colours: save one number for each voxel and channel.")
+    if not packed:
+        _check_rest(path, image, available - math.prod(image.shape) * header.get_data_dtype().itemsize)
+    unit = header.get_xyzt_units()[0]
+    if unit in ("meter", "micron"):
+        raise InputError(f"{path}: gives its voxel size in {unit}s: rewrite its header in mm.")
+
+
+def _check_rest(path: str | Path, image: Any, rest: int) -> None:
+    """Refuse a file of more slices than its header says; fewer bytes than a slice may be padding.
+
+    Args:
+        path: file.
+        image: of nibabel.
+        rest: bytes behind its voxels.
+    """
+    if rest >= math.prod(image.shape[:-1]) * image.get_data_dtype().itemsize:
+        raise InputError(
+            f"{path}: its header says {list(image.shape)} voxels, but {rest} bytes more are there: replace the file, "
+            "or correct its header."
+        )
 
 
 def check_header(path: str | Path) -> None:
@@ -153,8 +179,7 @@ def check_header(path: str | Path) -> None:
     path = Path(path)
     name = path.name.lower()
     with reading(path):
-        if not path.exists():
-            raise InputError(f"{path}: no such file: correct the path in the data list, or add the file.")
+        check_place(path)
         if path.is_dir():
             check_series(path)
         elif name.endswith(NIFTI):
@@ -165,7 +190,7 @@ def check_header(path: str | Path) -> None:
             check_itk(path)
         else:
             remedy = "; give the folder of its series" if is_dicom_file(path) else ""
-            raise InputError(f"{path}: is of no kind that is read ({', '.join(IMAGE_SUFFIXES)}, DICOM folder){remedy}.")
+            raise InputError(f"{path}: has no supported format ({', '.join(IMAGE_SUFFIXES)}, DICOM folder){remedy}.")
 
 
 class _NiftiReader(NibabelReader):
@@ -179,6 +204,19 @@ class _NiftiReader(NibabelReader):
         self.filenames = ensure_tuple(data)
         images = [open_nifti(name) for name in self.filenames]
         return images if len(images) > 1 else images[0]
+
+    def _get_array_data(self, img: Any, filename: Any) -> np.ndarray:
+        """The voxels of an image; a packed file is read to its end, where its checksum is.
+
+        (nibabel stops behind the last voxel.)
+        """
+        if not str(filename).lower().endswith(".gz"):
+            return np.asarray(super()._get_array_data(img, filename))
+        with gzip.open(filename) as file:
+            voxels = np.asanyarray(type(img).from_file_map({"image": FileHolder(fileobj=file)}).dataobj, order="C")
+            rest = sum(map(len, iter(lambda: file.read(CHUNK), b"")))
+        _check_rest(filename, img, rest)
+        return voxels
 
 
 class FileReader(ImageReader):

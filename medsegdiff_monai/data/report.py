@@ -68,7 +68,7 @@ def check(dataset: str, write: str | None = None, strict: bool | str = False) ->
             print(f"{kind}: {line}")
     if report.fingerprint:
         print("fingerprint:", json.dumps(report.fingerprint, indent=1))
-        print("proposed variables:", json.dumps(report.overlay, indent=1))
+        print("suggested settings:", json.dumps(report.overlay, indent=1))
     print(f"{dataset}: {len(report.errors)} errors, {len(report.warnings)} warnings")
     if report.errors:
         raise InputError(f"{dataset}: {len(report.errors)} errors, listed above: correct them.")
@@ -113,11 +113,15 @@ def inspect_dataset(dataset: str | Path) -> Report:
     """
     folder = Path(dataset)
     if not folder.is_dir():
-        raise InputError(f"dataset={str(dataset)!r} is no folder: give the folder that holds dataset.json.")
+        raise InputError(f"dataset={str(dataset)!r} is not a folder: give the folder that holds dataset.json.")
     data = read_data_list(folder)
     report = Report()
     report.errors += data.faults
     report.errors += [no_label(e.image) for e in data.entries if e.split != "test" and not e.labels]
+    report.warnings += [
+        f"{data.file}: {name!r} lists {n} cases, which nothing reads: move them to 'training', 'validation' or 'test'."
+        for name, n in data.unused.items()
+    ]
     _check_paths(data.entries, report)
     facts = _measure_all(data, report)
     if not facts:
@@ -140,7 +144,7 @@ def _across(report: Report, places: Mapping[Any, Sequence[tuple[str, str]]], wha
         if len(splits) > 1:
             leak = "training" in splits and leak_is_error
             (report.errors if leak else report.warnings).append(
-                f"{names}: {what}: scores would mislead; keep one of them."
+                f"{names}: {what}: scores would be misleading; keep one of them."
             )
         elif len(shared) > 1 and leak_is_error:
             report.warnings.append(f"{names}: {what}: keep one of them.")
@@ -148,18 +152,26 @@ def _across(report: Report, places: Mapping[Any, Sequence[tuple[str, str]]], wha
 
 def _check_paths(entries: Sequence[Entry], report: Report) -> None:
     by_path: dict[Any, list[tuple[str, str]]] = defaultdict(list)
+    by_label: dict[str, dict[str, str]] = defaultdict(dict)
     by_group: dict[str, set[str]] = defaultdict(set)
     for entry in entries:
         files = [entry.image] if isinstance(entry.image, str) else entry.image
         by_path[tuple(map(os.path.realpath, files))].append((entry.split, Path(files[0]).name))
+        for label in entry.labels:
+            by_label[os.path.realpath(label)][os.path.realpath(files[0])] = Path(files[0]).name
         if entry.group is not None:
             by_group[entry.group].add(entry.split)
     _across(report, by_path, "the same file is listed more than once", leak_is_error=True)
+    report.warnings += [
+        f"{label}: is the label of several images ({', '.join(list(images.values())[:4])}): make sure that it is meant."
+        for label, images in by_label.items()
+        if len(images) > 1
+    ]
     shared = sorted(group for group, splits in by_group.items() if "training" in splits and len(splits) > 1)
     if shared:
         report.warnings.append(
             f"{len(shared)} patients or clusters are in training and in another split ({', '.join(shared[:3])} ...): "
-            "scores would mislead; divide by patient."
+            "scores would be misleading; split by patient."
         )
 
 
@@ -210,13 +222,13 @@ def _check_content(facts: Sequence[CaseFacts], report: Report) -> None:
     if empty:
         more = " ..." if len(empty) > SHOWN else ""
         report.warnings.append(
-            f"{len(empty)} masks are empty, make sure that it is meant: {', '.join(empty[:SHOWN])}{more}"
+            f"{len(empty)} masks are empty, make sure that is intended: {', '.join(empty[:SHOWN])}{more}"
         )
     compared = [case for case in facts if case.agreement is not None and any(case.raters.values())]
     if compared and all(case.agreement == 1 for case in compared):
         report.warnings.append(
             f"the raters of all {len(compared)} cases that they marked agree in every voxel: make sure that their "
-            "files are no copies."
+            "files are not copies."
         )
     by_content: dict[str, list[tuple[str, str]]] = defaultdict(list)
     paths: dict[str, set[str]] = defaultdict(set)
@@ -242,7 +254,9 @@ def _regions(data: DataList, facts: list[CaseFacts], report: Report) -> dict[str
     found = sorted({value for case in facts for voxels in case.files.values() for value in voxels})
     declared = data.labels
     if declared is None:
-        report.warnings.append(f"{file}: declares no labels; the masks hold {[0, *found]}.")
+        wrong = "has 'labels' that are not a table of names and values"
+        what = wrong if data.content.get("labels") else "declares no labels"
+        report.warnings.append(f"{file}: {what}; the masks hold {[0, *found]}.")
         declared = {f"class_{value}": [value] for value in found}
     allowed = {value for values in declared.values() for value in values} | {0}
     names = {name: [v for v in values if v] for name, values in declared.items() if any(values)}

@@ -103,7 +103,7 @@ def image_faults(image: MetaTensor, name: str, spec: DataSpec | None = None) -> 
     if bad:
         faults.append(f"{name}: {bad} voxels are NaN or infinite: replace them, for instance by 0.")
     if not is_invertible(to_affine_nd(3, image.affine).numpy()):
-        faults.append(f"{name}: its affine has no inverse (determinant 0): write the geometry anew.")
+        faults.append(f"{name}: its affine has no inverse (determinant 0): rewrite the geometry.")
     return faults
 
 

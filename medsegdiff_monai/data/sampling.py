@@ -12,7 +12,7 @@ from torch.utils.data import RandomSampler, WeightedRandomSampler
 
 from ..errors import InputError
 
-__all__ = ["EvaluationShare", "TrainingShare", "training_sampler"]
+__all__ = ["DistributedEvaluationSampler", "DistributedTrainingSampler", "training_sampler"]
 
 
 def training_sampler(
@@ -35,7 +35,7 @@ def training_sampler(
     return WeightedRandomSampler(weights, len(items))
 
 
-class TrainingShare(DistributedSampler):
+class DistributedTrainingSampler(DistributedSampler):
     """One process's share of what a sampler draws for all of them.
 
     All processes draw the same, by (seed, epoch), and take turns, so that together they see what one process would.
@@ -60,7 +60,7 @@ class TrainingShare(DistributedSampler):
         return (drawn[turn] for turn in super().__iter__())
 
 
-class EvaluationShare(DistributedSampler):
+class DistributedEvaluationSampler(DistributedSampler):
     """One process's share of the cases to evaluate: each case is in exactly one share.
 
     Args:

@@ -5,11 +5,11 @@ from .calibration import FitCalibration
 from .checkpoints import TrainingCheckpoint
 from .history import TrainingHistory
 from .progress import CaseProgress, TrainingProgress
-from .report import TrainingReport
 from .safety import GradientClipping, GradientScaling, PlainErrors, StopOnBadLoss
 from .seeding import EpochSeeding
 from .stopping import EarlyStopping
 from .tracking import TensorBoardLog
+from .training_report import TrainingReport
 from .validation import ClassMetrics, EnergyDistance, SaturationWarning, ValidationPictures
 from .warm_start import WarmStart
 from .weights import BestModelSaver, ModelEMA, WeightsLoader

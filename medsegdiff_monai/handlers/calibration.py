@@ -22,8 +22,7 @@ __all__ = ["FitCalibration"]
 class FitCalibration:
     """Fit the calibration of probabilities and of the expected Dice at each validation, and keep it with the weights.
 
-    What the training's cases are like is kept too, for those that come to be segmented. Attach to the validator, before
-    what saves the network.
+    What the training's cases are like is kept too, for those that come to be segmented. Attach to the validator.
 
     Args:
         network: the network that is validated, with a :class:`medsegdiff_monai.networks.TrainingRecord` as ``record``.

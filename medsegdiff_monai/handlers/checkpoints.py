@@ -39,9 +39,10 @@ class _BestMetric:
 class TrainingCheckpoint:
     """Keep the last checkpoints of a run, one after each epoch, and resume from the newest.
 
-    Attach it to the trainer, after the handlers for averaged weights, learning rate and validation: it saves what they
-    have done in an epoch. A run that starts anew removes the checkpoints of an earlier one as soon as it has its own.
-    While it runs, no other training writes to the folder; where it is stopped, it says how to go on.
+    Attach to the trainer (:mod:`.order`). A run that starts anew removes the checkpoints of an earlier one as soon as
+    it has its own. While it runs, no other training writes to the folder; where it is stopped, it says how to go on.
+    (Ignite's ``Checkpoint`` neither keeps others out of the folder nor falls back on an older file where the newest is
+    damaged.)
 
     Args:
         objects: what to save, by name: networks, optimiser, learning-rate schedule.
@@ -71,9 +72,9 @@ class TrainingCheckpoint:
     def _advice(self) -> str:
         """What to do after the training was stopped."""
         if not self._last:
-            return "No epoch was finished, nothing is saved: the same command starts anew."
+            return "No epoch was finished and nothing is saved: run the same command again."
         saved = f"The training up to epoch {self._last} is saved in {self.ckpt_dir}"
-        return f"{saved}: the same command with --resume true goes on from there."
+        return f"{saved}: the same command with --resume true continues from there."
 
     def _files(self) -> dict[int, Path]:
         """Checkpoints by their epoch."""
@@ -103,7 +104,7 @@ class TrainingCheckpoint:
             except InputError as error:
                 if epoch == min(files):
                     raise
-                logger.warning(f"{error} The checkpoint before it is taken.")
+                logger.warning(f"{error} Using the previous checkpoint.")
         return None
 
     def _load(self, engine: Engine) -> None:
@@ -111,19 +112,19 @@ class TrainingCheckpoint:
             return
         found = self._newest()
         if found is None:
-            logger.info(f"No checkpoint in {self.ckpt_dir}: training starts anew.")
+            logger.info(f"No checkpoint in {self.ckpt_dir}: training starts from the beginning.")
             return
         path, newest, content = found
         length, max_epochs = engine.state.epoch_length, engine.state.max_epochs or 0
         if newest >= max_epochs:
-            raise InputError(f"{path}: max_epochs={max_epochs} are done: set --max_epochs higher to train on.")
+            raise InputError(f"{path}: max_epochs={max_epochs} are done: set --max_epochs higher to continue.")
         for name, item in self._items(engine).items():
             if isinstance(item, nn.Module):
                 load_weights(path, item, content.get(name))
             elif name in content:
                 item.load_state_dict(content[name])
             else:
-                logger.info(f"{path}: holds no {name}, which starts anew.")
+                logger.info(f"{path}: holds no {name}, which starts afresh.")
         # by epochs: a checkpoint ends one, and another batch size changes the number of iterations
         self._last = newest
         engine.load_state_dict({"epoch": newest, "epoch_length": length, "max_epochs": max_epochs})

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import ignite.distributed as idist
 from ignite.engine import Engine, Events
+from ignite.handlers import Timer
 from monai.handlers import from_engine
 
 from ..files import write_atomically
@@ -53,10 +53,7 @@ class TrainingHistory:
     """Write loss, validation metrics and times of each epoch as ``history.csv``, the curves as ``curves.png``.
 
     ``seconds`` is the time of an epoch without its validation, ``seconds_waiting`` that in which the network waited
-    for a batch.
-
-    Attach to the trainer, after MONAI's ``ValidationHandler`` and before :class:`TrainingCheckpoint`, so that no epoch
-    is lost between both.
+    for a batch. Attach to the trainer (:mod:`.order`).
 
     Args:
         output_dir: folder to write to.
@@ -68,14 +65,14 @@ class TrainingHistory:
         self.validator = validator
         self.rows: Rows = []
         self._losses: list[float] = []
-        self._waiting = self._asked = 0.0
+        self._waiting = Timer()
 
     def attach(self, engine: Engine) -> None:
         """Attach to a trainer."""
         RunGuard(self.output_dir).attach(engine)
+        batch = {"resume": Events.GET_BATCH_STARTED, "pause": Events.GET_BATCH_COMPLETED}
+        self._waiting.attach(engine, start=Events.EPOCH_STARTED, **batch)
         engine.add_event_handler(Events.EPOCH_STARTED, self._begin)
-        engine.add_event_handler(Events.GET_BATCH_STARTED, self._ask)
-        engine.add_event_handler(Events.GET_BATCH_COMPLETED, self._receive)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._step)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._write)
 
@@ -83,13 +80,7 @@ class TrainingHistory:
         if not self.rows:  # go on with the history of a resumed run
             self.rows = [row for row in read_history(self.output_dir) if row["epoch"] < engine.state.epoch]
         self._losses.clear()
-        self._waiting = 0.0
-
-    def _ask(self, engine: Engine) -> None:
-        self._asked = time.perf_counter()
-
-    def _receive(self, engine: Engine) -> None:
-        self._waiting += time.perf_counter() - self._asked
+        self._waiting.pause()  # until the first batch is asked for
 
     def _step(self, engine: Engine) -> None:
         self._losses.append(float(from_engine("loss", first=True)(engine.state.output)))
@@ -100,7 +91,7 @@ class TrainingHistory:
             "epoch": float(engine.state.epoch),
             "loss": sum(self._losses) / len(self._losses),
             "seconds": engine.state.times[Events.EPOCH_COMPLETED.name] or 0.0,
-            "seconds_waiting": self._waiting,
+            "seconds_waiting": self._waiting.value(),
         }
         validation: Any = self.validator.state
         if validation.epoch == engine.state.epoch:

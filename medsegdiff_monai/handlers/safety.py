@@ -38,7 +38,7 @@ class GradientScaling:
         self.enabled = amp_dtype(amp) == torch.float16
 
     def attach(self, engine: Engine) -> None:
-        """Attach to MONAI's trainer, before handlers that need the scaler."""
+        """Attach to MONAI's trainer."""
         if self.enabled:
             engine.add_event_handler(Events.STARTED, self)
 
@@ -95,7 +95,7 @@ class StopOnBadLoss:
 
 
 class PlainErrors:
-    """Pass errors on as they are, before MONAI's ``StatsHandler``, attached later, logs all of their frames."""
+    """Pass errors on as they are, before MONAI's ``StatsHandler`` logs all of their frames (:mod:`.order`)."""
 
     def attach(self, engine: Engine) -> None:
         """Attach to an engine."""

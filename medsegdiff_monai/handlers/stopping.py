@@ -18,8 +18,7 @@ class EarlyStopping:
     """Stop a training after a number of validations without a better one.
 
     Unlike Ignite's handler it has no counter of its own: the epoch of the best validation, which a checkpoint keeps,
-    says all, so that a resumed run stops where the uninterrupted one does. Attach to the trainer, after MONAI's
-    ``ValidationHandler`` and :class:`TrainingCheckpoint`.
+    says all, so that a resumed run stops where the uninterrupted one does. Attach to the trainer (:mod:`.order`).
 
     Args:
         validator: engine whose key metric decides.
@@ -57,5 +56,5 @@ class EarlyStopping:
         """Stop the training where patience is at its end."""
         if self._exhausted(engine):
             best = self.validator.state.best_metric_epoch
-            logger.info(f"Stopped early: no validation since epoch {best} was better (patience={self.patience}).")
+            logger.info(f"Stopped early: no better validation since epoch {best} (patience={self.patience}).")
             engine.terminate()

@@ -13,13 +13,14 @@ import ignite.distributed as idist
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
+from monai.metrics import compute_dice
 from torch import Tensor
 
 from ..cases import distinct_members, raters_of, read_source
 from ..files import write_atomically
 from ..inferers import ANTITHETIC
 from ..metrics import generalised_energy_distance, known_part
-from ..pictures import overlay_bytes
+from ..pictures import error_map, overlay_bytes
 from ..transforms import Regions
 
 __all__ = ["ClassMetrics", "EnergyDistance", "SaturationWarning", "ValidationPictures"]
@@ -37,7 +38,7 @@ CAUSES = {
 class ClassMetrics:
     """Give the values of a metric per class names of their own, as progress, tables and trackers show single numbers.
 
-    Attach to the validator, before handlers that read its metrics.
+    Attach to the validator (:mod:`.order`). (MONAI's ``DiceMetric(return_with_label=...)`` rounds to four digits.)
 
     Args:
         metric: such as ``val_dice_per_class``, which becomes ``val_dice_<class>``.
@@ -102,7 +103,7 @@ class EnergyDistance:
     """Add the generalised energy distance of members and raters to the metrics: whether members differ as experts do.
 
     The mean over classes, then over the cases that have ``raters``; there is no such metric where no case does, or with
-    fewer than three members. Attach to the validator, before handlers that read its metrics.
+    fewer than three members. Attach to the validator (:mod:`.order`).
 
     Args:
         name: of the metric (:func:`medsegdiff_monai.metrics.generalised_energy_distance`, the smaller the better).
@@ -136,7 +137,9 @@ class EnergyDistance:
 
 
 class ValidationPictures:
-    """Write pictures of a few cases, the same at each validation: image, ground truth, prediction and so on.
+    """Write pictures of a few cases, the same at each validation: image, ground truth, prediction, errors and so on.
+
+    The case's Dice stands above; false positives and false negatives have colours of their own.
 
     They are ``<output_dir>/validation/epoch_<N>/<case>.png``. Those of later epochs, from an earlier run, are removed.
 
@@ -183,10 +186,17 @@ class ValidationPictures:
             _array(self.regions.label_map(output["label"])),
             affine,
             self.regions.legend,
-            f"{case}   epoch {state.epoch}",
+            f"{case}   epoch {state.epoch}   Dice: {self._dice(output)}",
             distinct_members(output, self.regions),
+            error_map(output["mask"], output["label"]),
         )
         write_atomically(self.folder / f"epoch_{state.epoch:03d}" / f"{case}.png", picture)
+
+    def _dice(self, output: Mapping[str, Tensor]) -> str:
+        """The Dice of each class, as in the tables."""
+        label, mask = known_part(output["label"], output["mask"])
+        values = compute_dice(mask[None], label[None], ignore_empty=False)[0].tolist()
+        return ", ".join(f"{name} {value:.3f}" for name, value in zip(self.regions.names, values))
 
 
 def _array(tensor: Tensor) -> np.ndarray:

@@ -14,18 +14,24 @@ __all__ = ["WarmStart"]
 class WarmStart:
     """Draw a single mask of each image in the first part of a training, and sets of masks in the rest.
 
-    A set of one has no spread: its score is a loss of single masks. It costs about half as much, and what all masks of
-    an image have in common is learned from more images.
+    Segmentation losses alone train a single mask (:func:`medsegdiff_monai.objective.ensemble_score`). That costs
+    about half as much as a set of two, and what all masks of an image have in common is learned from more images.
 
-    Which part an epoch belongs to depends on its number and on the trainer's ``max_epochs`` alone.
+    Which part an epoch belongs to depends on its number and on the trainer's ``max_epochs`` alone. Members of a network
+    that has only seen single masks are copies of each other, so no validation of the first part stands as the best one
+    after the next has come: weights with a spread replace its weights, and patience begins with the second part.
 
     Args:
         prepare_batch: draws the masks, for the trainer that this is attached to.
+        validator: engine that validates during the training, where it has one.
         share: of the epochs, 0 to 1.
     """
 
-    def __init__(self, prepare_batch: SegmentationDiffusionPrepareBatch, share: float = 0.5) -> None:
+    def __init__(
+        self, prepare_batch: SegmentationDiffusionPrepareBatch, validator: Engine | None = None, share: float = 0.5
+    ) -> None:
         self.prepare_batch = prepare_batch
+        self.validator: Any = validator  # MONAI's workflows add to its state
         self.num_members = prepare_batch.num_members
         self.share = share
 
@@ -37,6 +43,8 @@ class WarmStart:
         """Set the number of masks for this epoch."""
         state: Any = engine.state
         self.at(state.epoch / state.max_epochs)
+        if self.validator is not None and (state.epoch - 1) / state.max_epochs <= self.share:
+            self.validator.state.best_metric = self.validator.state.best_metric_epoch = -1
 
     def at(self, progress: float) -> None:
         """Set the number of masks for a part of the training that ends at ``progress``, 0 to 1."""

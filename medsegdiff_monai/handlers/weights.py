@@ -11,8 +11,10 @@ import ignite.distributed as idist
 from ignite.engine import Engine, Events
 from ignite.handlers.ema_handler import EMAHandler
 from monai.handlers import CheckpointLoader
+from monai.utils import ensure_tuple
 from torch import nn
 
+from ..deep_ensemble import load_checkpoints
 from ..engines import optimizer_step
 from ..errors import InputError
 from ..weights import load_weights, network_weights, save_checkpoint, with_fresh_layers
@@ -28,7 +30,8 @@ class ModelEMA(EMAHandler):
     Ignite copies the weights when the handler is built, which is before a checkpoint is loaded. The momentum falls as
     9 / (10 + step) to its final value (as in TensorFlow's ``ExponentialMovingAverage``), so that short runs are not
     held back by their first weights; it depends on the optimiser's step alone, so that a resumed run goes on. The count
-    starts anew where the same trainer is run again with other weights, as in the rounds of a federation.
+    starts anew where the same trainer is run again with other weights, as in the rounds of a federation. (torch's
+    ``AveragedModel`` is a wrapper: it hides the network's ``encode_context`` and ``record``, and renames its weights.)
 
     Args:
         model: network in training.
@@ -61,15 +64,16 @@ class WeightsLoader(CheckpointLoader):
     """Load the weights of a network when a run starts; MONAI's ``CheckpointLoader`` with plain error messages.
 
     Args:
-        load_path: file of a state dict, or one that :func:`medsegdiff_monai.weights.network_weights` knows.
+        load_path: file of a state dict, or one that :func:`medsegdiff_monai.weights.network_weights` knows; without
+            ``adapt`` also several, see :func:`medsegdiff_monai.deep_ensemble.load_checkpoints`.
         model: network to load it into.
         adapt: layers that depend on the channels of image and mask, which may be others in the file, as may the size of
             the field (:func:`medsegdiff_monai.weights.with_fresh_layers`); without any, the weights must fit as they
             are.
     """
 
-    def __init__(self, load_path: str, model: nn.Module, adapt: Sequence[str] = ()) -> None:
-        super().__init__(load_path=load_path, load_dict={"model": model})
+    def __init__(self, load_path: str | Sequence[str], model: nn.Module, adapt: Sequence[str] = ()) -> None:
+        super().__init__(load_path=load_path, load_dict={"model": model})  # type: ignore[arg-type]
         self.model = model
         self.adapt = adapt
 
@@ -81,18 +85,19 @@ class WeightsLoader(CheckpointLoader):
         """
         if engine.state.iteration:  # a further round of a federation, which has sent its weights
             return
-        weights = network_weights(self.load_path, self.model)
         if self.adapt:
-            weights = with_fresh_layers(self.load_path, self.model, weights, self.adapt)
-        load_weights(self.load_path, self.model, weights)
-        logger.info(f"Restored all variables from {self.load_path}")
+            weights = network_weights(self.load_path, self.model)
+            load_weights(self.load_path, self.model, with_fresh_layers(self.load_path, self.model, weights, self.adapt))
+        else:
+            load_checkpoints(self.load_path, self.model)
+        logger.info(f"Restored all variables from {', '.join(ensure_tuple(self.load_path))}")
 
 
 class BestModelSaver:
     """Write the weights after each validation that is the best so far: a plain state dict, replaced atomically.
 
-    Attach to the trainer, after MONAI's ``ValidationHandler``: only validations of the training count, not those of
-    weights that others sent, as in a federation. The key metric of the validator decides, the higher the better. Where
+    Attach to the trainer (:mod:`.order`): only validations of the training count, not those of weights that others
+    sent, as in a federation. The key metric of the validator decides, the higher the better. Where
     there are no cases to validate on, the weights of each epoch are written.
 
     Args:
@@ -125,6 +130,6 @@ class BestModelSaver:
     def _look(self, engine: Engine) -> None:
         if self._written and not self.path.is_file():
             raise InputError(
-                f"{self.path}: was removed while the training went on: its last checkpoint beside it serves as "
-                "--checkpoint, too."
+                f"{self.path}: was removed during training: its last checkpoint in the same folder can be given as "
+                "--checkpoint."
             )

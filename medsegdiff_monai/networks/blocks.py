@@ -1,4 +1,4 @@
-"""Blocks of the U-Net: residual block, attention, down- and upsampling (improved-diffusion's, in 2D and 3D)."""
+"""Blocks of the U-Net: residual block, attention, down- and upsampling (improved-diffusion's, in 2D and 3D), gate."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from typing import Optional
 import torch
 import torch.nn.functional as F
 from monai.networks.layers.factories import Conv
+from monai.networks.nets.diffusion_model_unet import zero_module
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["AttentionBlock", "Downsample", "ResBlock", "Stage", "Upsample", "group_norm", "zero"]
+__all__ = ["AttentionBlock", "Downsample", "First", "MaskGate", "ResBlock", "Stage", "Upsample", "group_norm"]
 
 
 def group_norm(num_groups: int, channels: int) -> nn.GroupNorm:
@@ -20,13 +21,6 @@ def group_norm(num_groups: int, channels: int) -> nn.GroupNorm:
     """
     groups = [n for n in range(1, max(1, channels // 2) + 1) if channels % n == 0 and num_groups % n == 0]
     return nn.GroupNorm(groups[-1], channels)
-
-
-def zero(module: nn.Module) -> nn.Module:
-    """Return the module with all its parameters at zero."""
-    for parameter in module.parameters():
-        nn.init.zeros_(parameter)
-    return module
 
 
 class ResBlock(nn.Module):
@@ -58,7 +52,7 @@ class ResBlock(nn.Module):
         self.embed = nn.Linear(embedding_channels, out_channels) if embedding_channels else nn.Identity()
         self.norm2 = group_norm(norm_num_groups, out_channels)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = zero(conv(out_channels, out_channels, kernel_size=3, padding=1))
+        self.conv2 = zero_module(conv(out_channels, out_channels, kernel_size=3, padding=1))
         self.skip = conv(in_channels, out_channels, kernel_size=1) if in_channels != out_channels else nn.Identity()
 
     def forward(self, x: Tensor, embedding: Optional[Tensor]) -> Tensor:
@@ -93,7 +87,7 @@ class AttentionBlock(nn.Module):
         self.num_head_channels = num_head_channels
         self.norm = group_norm(norm_num_groups, channels)
         self.qkv = conv(channels, 3 * channels, kernel_size=1)
-        self.proj = zero(conv(channels, channels, kernel_size=1))
+        self.proj = zero_module(conv(channels, channels, kernel_size=1))
 
     def forward(self, x: Tensor) -> Tensor:
         """Attend over the pixels of ``x`` (batch, channels, *spatial); the shape is kept."""
@@ -197,3 +191,34 @@ class Upsample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (batch, in_channels, *spatial) to (batch, out_channels, *spatial * 2)."""
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class MaskGate(nn.Module):
+    """Scale the channels of the mask's stem by the timestep; starts at 1.
+
+    Args:
+        spatial_dims: 2 or 3.
+        embedding_channels: channels of the timestep embedding.
+        channels: channels of the stem.
+    """
+
+    def __init__(self, spatial_dims: int, embedding_channels: int, channels: int) -> None:
+        super().__init__()
+        self.spatial_dims = spatial_dims
+        self.weight = nn.Parameter(torch.zeros(channels, embedding_channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, mask: Tensor, embedding: Tensor) -> Tensor:
+        """Return ``mask`` (batch, channels, *spatial), scaled by ``embedding`` (batch or 1, embedding_channels)."""
+        gate = 1 + F.linear(F.silu(embedding), self.weight, self.bias)
+        for _ in range(self.spatial_dims):
+            gate = gate.unsqueeze(-1)
+        return mask * gate
+
+
+class First(nn.Module):
+    """What stands where a fusion or a gate is left out."""
+
+    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+        """Return the first of two streams."""
+        return first

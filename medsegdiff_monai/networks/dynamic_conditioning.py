@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Optional
+
 from monai.networks.layers.factories import Conv
+from monai.networks.nets.diffusion_model_unet import zero_module
 from torch import Tensor, nn
 
-from .blocks import zero
+from .ff_parser import FFParser
 
-__all__ = ["DynamicConditioning"]
+__all__ = ["DynamicConditioning", "Fusion"]
 
 
 class ChannelLayerNorm(nn.Module):
@@ -44,7 +48,7 @@ class DynamicConditioning(nn.Module):
         super().__init__()
         self.norm_image = ChannelLayerNorm(channels)
         self.norm_mask = ChannelLayerNorm(channels)
-        self.proj = zero(Conv[Conv.CONV, spatial_dims](channels, channels, kernel_size=1))
+        self.proj = zero_module(Conv[Conv.CONV, spatial_dims](channels, channels, kernel_size=1))
 
     def attend(self, image: Tensor, mask: Tensor) -> Tensor:
         """Return ``A(m_I, m_x)`` of equation 3.
@@ -61,3 +65,22 @@ class DynamicConditioning(nn.Module):
     def forward(self, image: Tensor, mask: Tensor) -> Tensor:
         """Return the enhanced condition stream, same shape as ``image`` (arguments as in :meth:`attend`)."""
         return image + self.proj(self.attend(image, mask)).to(image.dtype)
+
+
+class Fusion(nn.Module):
+    """One stage of dynamic conditional encoding: FF-Parser on the mask stream, then equation 3.
+
+    Args:
+        spatial_dims: 2 or 3.
+        channels: channels of both streams.
+        ff_size: grid of the FF-Parser, or None to leave it out.
+    """
+
+    def __init__(self, spatial_dims: int, channels: int, ff_size: Optional[Sequence[int]]) -> None:
+        super().__init__()
+        self.ff_parser = nn.Identity() if ff_size is None else FFParser(spatial_dims, channels, ff_size)
+        self.conditioning = DynamicConditioning(spatial_dims, channels)
+
+    def forward(self, image: Tensor, mask: Tensor) -> Tensor:
+        """Return the condition stream ``image``, enhanced by the mask stream ``mask`` (same shape)."""
+        return self.conditioning(image, self.ff_parser(mask))

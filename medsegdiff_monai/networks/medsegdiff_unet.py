@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import List, Optional, Union
 
 import torch
@@ -12,76 +12,17 @@ from monai.networks.nets.diffusion_model_unet import get_timestep_embedding
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..settings import as_bool
-from .blocks import Downsample, Stage, Upsample, group_norm
-from .dynamic_conditioning import DynamicConditioning
-from .ff_parser import FFParser
+from .arguments import PREDICTION_TYPES, Level, check_at_least_one, check_choice, one_each, read_levels
+from .blocks import Downsample, First, MaskGate, Stage, Upsample, group_norm
+from .dynamic_conditioning import Fusion
 from .record import TrainingRecord
 
 __all__ = ["PREDICTION_TYPES", "MedSegDiffUNet", "signed_mask"]
-
-PREDICTION_TYPES = ("sample", "epsilon", "v_prediction")
 
 
 def signed_mask(logits: Tensor) -> Tensor:
     """Turn logits of a mask into x0 in [-1, 1], which is 2 p - 1 for their probability p."""
     return torch.tanh(logits / 2)
-
-
-class Fusion(nn.Module):
-    """One stage of dynamic conditional encoding: FF-Parser on the mask stream, then equation 3.
-
-    Args:
-        spatial_dims: 2 or 3.
-        channels: channels of both streams.
-        ff_size: grid of the FF-Parser, or None to leave it out.
-    """
-
-    def __init__(self, spatial_dims: int, channels: int, ff_size: Optional[Sequence[int]]) -> None:
-        super().__init__()
-        self.ff_parser = nn.Identity() if ff_size is None else FFParser(spatial_dims, channels, ff_size)
-        self.conditioning = DynamicConditioning(spatial_dims, channels)
-
-    def forward(self, image: Tensor, mask: Tensor) -> Tensor:
-        """Return the condition stream ``image``, enhanced by the mask stream ``mask`` (same shape)."""
-        return self.conditioning(image, self.ff_parser(mask))
-
-
-class MaskGate(nn.Module):
-    """Scale the channels of the mask's stem by the timestep; starts at 1.
-
-    Args:
-        spatial_dims: 2 or 3.
-        embedding_channels: channels of the timestep embedding.
-        channels: channels of the stem.
-    """
-
-    def __init__(self, spatial_dims: int, embedding_channels: int, channels: int) -> None:
-        super().__init__()
-        self.spatial_dims = spatial_dims
-        self.weight = nn.Parameter(torch.zeros(channels, embedding_channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
-
-    def forward(self, mask: Tensor, embedding: Tensor) -> Tensor:
-        """Return ``mask`` (batch, channels, *spatial), scaled by ``embedding`` (batch or 1, embedding_channels)."""
-        gate = 1 + F.linear(F.silu(embedding), self.weight, self.bias)
-        for _ in range(self.spatial_dims):
-            gate = gate.unsqueeze(-1)
-        return mask * gate
-
-
-class First(nn.Module):
-    """What stands where a fusion or a gate is left out."""
-
-    def forward(self, first: Tensor, second: Tensor) -> Tensor:
-        """Return the first of two streams."""
-        return first
-
-
-def _middle_two(num_levels: int) -> list[int]:
-    """The middle two encoder stages; the last one takes the sum of both streams and is left out."""
-    middle = (num_levels - 1) // 2
-    return sorted({min(level, num_levels - 2) for level in (middle, middle + 1)})
 
 
 class MedSegDiffUNet(nn.Module):
@@ -148,19 +89,21 @@ class MedSegDiffUNet(nn.Module):
         use_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        levels = len(channels)
-        attention = [False] * levels if attention_levels is None else [as_bool(a) for a in attention_levels]
-        fused = _middle_two(levels) if conditioning_levels is None else sorted(conditioning_levels)
-        _check_arguments(spatial_dims, in_channels, out_channels, channels, attention, fused, dropout, prediction_type)
-        blocks = _one_each("num_res_blocks", num_res_blocks, levels, "levels")
-        heads = _one_each("num_head_channels", num_head_channels, levels, "levels")
-        for c, a, h in zip(channels, attention, heads):
-            if a and c % h:
-                raise InputError(f"num_head_channels={h} does not divide the {c} channels of an attention level.")
-        size = _one_each("ff_size", ff_size, spatial_dims, "axes")
-        for name, value in (("norm_num_groups", norm_num_groups), ("num_train_timesteps", num_train_timesteps)):
-            if value < 1:
-                raise InputError(f"{name}={value} must be at least 1.")
+        check_choice("spatial_dims", spatial_dims, (2, 3))
+        check_choice("stem_stride", stem_stride, (1, 2))
+        check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
+        check_choice("use_ff_parser", use_ff_parser, (False, True))
+        check_choice("use_mask_gate", use_mask_gate, (False, True))
+        check_at_least_one(
+            in_channels=in_channels,
+            out_channels=out_channels,
+            norm_num_groups=norm_num_groups,
+            num_train_timesteps=num_train_timesteps,
+        )
+        if not 0 <= dropout < 1:
+            raise InputError(f"dropout={dropout} must be at least 0 and below 1.")
+        levels = read_levels(channels, num_res_blocks, attention_levels, num_head_channels, conditioning_levels)
+        size = one_each("ff_size", ff_size, spatial_dims, "axes")
 
         self.spatial_dims = spatial_dims
         self.in_channels = in_channels
@@ -168,52 +111,60 @@ class MedSegDiffUNet(nn.Module):
         self.channels = list(channels)
         self.prediction_type = prediction_type
         self.num_train_timesteps = num_train_timesteps
-        if stem_stride not in (1, 2):
-            raise InputError(f"stem_stride={stem_stride} must be 1 or 2.")
         self.stem_stride = stem_stride
-        self.stride = stem_stride * 2 ** (levels - 1)
+        self.stride = stem_stride * 2 ** (len(levels) - 1)
         self.record = TrainingRecord(spatial_dims, in_channels, out_channels)
         # E^I is free of x_t up to here: the first fusion, or the very end where nothing is fused
-        self.first_fusion = min(fused, default=levels - 1)
+        self.first_fusion = next((i for i, level in enumerate(levels) if level.fused), len(levels) - 1)
 
-        conv = Conv[Conv.CONV, spatial_dims]
+        def stage(level: int, channels_in: int, embedding: int) -> Stage:
+            out, blocks, attention, heads, _ = levels[level]
+            shape = spatial_dims, channels_in, out, blocks, embedding, attention, heads
+            return Stage(*shape, norm_num_groups, dropout, use_checkpointing)
+
         self.embedding_channels = channels[0]
         width = 4 * channels[0]
         self.time_embed = nn.Sequential(nn.Linear(channels[0], width), nn.SiLU(), nn.Linear(width, width))
+        self._add_condition_encoder(stage, levels, size if use_ff_parser else None)
+        self._add_denoiser(stage, width, use_mask_gate, norm_num_groups)
 
-        def stage(level: int, in_ch: int, embedding: int) -> Stage:
-            return Stage(
-                spatial_dims, in_ch, channels[level], blocks[level], embedding, attention[level], heads[level],
-                norm_num_groups, dropout, use_checkpointing,
-            )  # fmt: skip
-
+    def _add_condition_encoder(
+        self, stage: Callable[[int, int, int], Stage], levels: Sequence[Level], ff_size: Optional[Sequence[int]]
+    ) -> None:
+        """Add E^I, and where the mask stream enhances it."""
+        dims, channels = self.spatial_dims, self.channels
         below = [channels[0], *channels]  # below[i]: channels that enter level i
-        self.image_stem = conv(in_channels, channels[0], kernel_size=3, padding=1, stride=stem_stride)
-        self.image_stages = nn.ModuleList(stage(i, below[i], 0) for i in range(levels - 1))
-        self.image_downs = nn.ModuleList(Downsample(spatial_dims, channels[i]) for i in range(levels - 1))
+        encoding = range(len(channels) - 1)  # the last level sums both streams
+        self.image_stem = self._stem(self.in_channels)
+        self.image_stages = nn.ModuleList(stage(i, below[i], 0) for i in encoding)
+        self.image_downs = nn.ModuleList(Downsample(dims, channels[i]) for i in encoding)
+        grids = [ff_size and _grid(ff_size, self.stem_stride * 2**i) for i in encoding]
         self.fusions = nn.ModuleList(
-            (
-                Fusion(spatial_dims, channels[i], _grid(size, stem_stride * 2**i) if as_bool(use_ff_parser) else None)
-                if i in fused
-                else First()
-            )
-            for i in range(levels - 1)
+            Fusion(dims, channels[i], grids[i]) if levels[i].fused else First() for i in encoding
         )
-        self.mask_stem = conv(out_channels, channels[0], kernel_size=3, padding=1, stride=stem_stride)
-        self.mask_gate = MaskGate(spatial_dims, width, channels[0]) if as_bool(use_mask_gate) else First()
-        self.mask_stages = nn.ModuleList(stage(i, below[i], width) for i in range(levels - 1))
-        self.mask_downs = nn.ModuleList(Downsample(spatial_dims, channels[i]) for i in range(levels - 1))
-        self.last_stage = stage(levels - 1, below[levels - 1], width)
-        ups = range(levels - 2, -1, -1)
-        self.ups = nn.ModuleList(Upsample(spatial_dims, channels[i + 1], channels[i]) for i in ups)
+
+    def _add_denoiser(
+        self, stage: Callable[[int, int, int], Stage], width: int, use_mask_gate: bool, norm_num_groups: int
+    ) -> None:
+        """Add E^x and the decoder, with a timestep embedding of that width."""
+        dims, channels = self.spatial_dims, self.channels
+        below = [channels[0], *channels]
+        last = len(channels) - 1
+        self.mask_stem = self._stem(self.out_channels)
+        self.mask_gate = MaskGate(dims, width, channels[0]) if use_mask_gate else First()
+        self.mask_stages = nn.ModuleList(stage(i, below[i], width) for i in range(last))
+        self.mask_downs = nn.ModuleList(Downsample(dims, channels[i]) for i in range(last))
+        self.last_stage = stage(last, below[last], width)
+        ups = range(last - 1, -1, -1)
+        self.ups = nn.ModuleList(Upsample(dims, channels[i + 1], channels[i]) for i in ups)
         self.up_stages = nn.ModuleList(stage(i, 2 * channels[i], width) for i in ups)
         self.out_norm = group_norm(norm_num_groups, channels[0])
-        if stem_stride == 1:
-            self.out_conv = conv(channels[0], out_channels, kernel_size=3, padding=1)
-        else:
-            self.out_conv = Conv[Conv.CONVTRANS, spatial_dims](
-                channels[0], out_channels, kernel_size=4, stride=2, padding=1
-            )
+        kind, kernel = (Conv.CONV, 3) if self.stem_stride == 1 else (Conv.CONVTRANS, 4)
+        self.out_conv = Conv[kind, dims](channels[0], self.out_channels, kernel, stride=self.stem_stride, padding=1)
+
+    def _stem(self, in_channels: int) -> nn.Module:
+        conv = Conv[Conv.CONV, self.spatial_dims]
+        return conv(in_channels, self.channels[0], kernel_size=3, padding=1, stride=self.stem_stride)
 
     def _check_image(self, x: Tensor, channels: int, name: str) -> None:
         if x.dim() != self.spatial_dims + 2 or x.shape[1] != channels:
@@ -349,7 +300,7 @@ def _repeat(features: Tensor, batch: int) -> Tensor:
     if features.shape[0] == batch:
         return features
     if batch % features.shape[0] != 0:
-        raise ValueError(f"a batch of {batch} masks is no multiple of the {features.shape[0]} images in the context.")
+        raise ValueError(f"a batch of {batch} masks is not a multiple of {features.shape[0]} images in the context.")
     members = batch // features.shape[0]
     return features.unsqueeze(1).expand([-1, members] + list(features.shape[1:])).flatten(0, 1)
 
@@ -357,42 +308,3 @@ def _repeat(features: Tensor, batch: int) -> Tensor:
 def _grid(size: Sequence[int], stride: int) -> list[int]:
     """FF-Parser's grid at a level of that stride: the even size that covers ``size`` at the level's resolution."""
     return [max(2, 2 * -(-s // (2 * stride))) for s in size]
-
-
-def _one_each(name: str, value: Union[int, Sequence[int]], count: int, what: str) -> list[int]:
-    values = [value] * count if isinstance(value, int) else list(value)
-    if len(values) != count or any(v < 1 for v in values):
-        raise InputError(f"{name}={value} must be a positive number, or one for each of the {count} {what}.")
-    return values
-
-
-def _check_arguments(
-    spatial_dims: int,
-    in_channels: int,
-    out_channels: int,
-    channels: Sequence[int],
-    attention: Sequence[bool],
-    fused: Sequence[int],
-    dropout: float,
-    prediction_type: str,
-) -> None:
-    if spatial_dims not in (2, 3):
-        raise InputError(f"spatial_dims={spatial_dims} must be 2 or 3.")
-    if in_channels < 1 or out_channels < 1:
-        raise InputError(f"in_channels={in_channels} and out_channels={out_channels} must be at least 1.")
-    if len(channels) < 2 or min(channels) < 1 or channels[0] % 2:
-        raise InputError(
-            f"channels={list(channels)} must be at least two positive numbers, the first even: it is also the width of "
-            "the timestep embedding's sines and cosines."
-        )
-    if len(attention) != len(channels):
-        raise InputError(f"attention_levels={list(attention)} must have one entry for each of {len(channels)} levels.")
-    if len(set(fused)) != len(fused) or any(not 0 <= level < len(channels) - 1 for level in fused):
-        raise InputError(
-            f"conditioning_levels={list(fused)} must be different levels from 0 to {len(channels) - 2}: "
-            "at the last level both streams are summed."
-        )
-    if not 0 <= dropout < 1:
-        raise InputError(f"dropout={dropout} must be at least 0 and below 1.")
-    if prediction_type not in PREDICTION_TYPES:
-        raise InputError(f"prediction_type={prediction_type!r} must be one of {PREDICTION_TYPES}.")

@@ -37,7 +37,7 @@ def files_by_case(folder: str | Path, suffix: str = "") -> dict[str, Path]:
         InputError: where there is none, or where two files are of one case.
     """
     if not Path(folder).is_dir():
-        raise InputError(f"{folder}: is no folder: give the folder of each member.")
+        raise InputError(f"{folder}: is not a folder: give the folder of each member.")
     found: dict[str, Path] = {}
     for file in files_below(Path(folder)):
         stem = stem_of(file.name)
@@ -129,7 +129,7 @@ def _softmax(file: Path, size: tuple[int, ...]) -> Tensor:
     if values.shape[1:] != size:
         raise InputError(
             f"{file}: holds probabilities of size {list(values.shape[1:])}, but the mask beside it is of size "
-            f"{list(size)}: save both anew."
+            f"{list(size)}: save both again."
         )
     return torch.from_numpy(np.ascontiguousarray(values))
 
@@ -173,7 +173,7 @@ def member_folders(folders: Sequence[str | Path], suffix: str = "") -> list[dict
         suffix: see :func:`files_by_case`.
 
     Raises:
-        InputError: where there is no folder, one is given twice, or they are not of the same cases.
+        InputError: where there is not a folder, one is given twice, or they are not of the same cases.
     """
     if not folders:
         raise InputError("evaluate-members: give a folder for each member of the ensemble.")

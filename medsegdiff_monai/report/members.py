@@ -21,7 +21,17 @@ from ..files import lock_folder, unlock_folder, write_atomically
 from ..fusion import MemberSummary, check_fusion
 from ..grading import CaseFacts, ReliabilityCounts, grade, members_agreement, reasons_to_look
 from ..journal import csv_bytes
-from ..rows import BAND, SURFACE_TOLERANCE, Case, grade_row, near_contours, score_row, size_row, uncertainty_row
+from ..rows import (
+    BAND,
+    SURFACE_TOLERANCE,
+    Case,
+    cleanup_row,
+    grade_row,
+    near_contours,
+    score_row,
+    size_row,
+    uncertainty_row,
+)
 from ..structures import COLUMNS, structures
 from ..transforms import Regions
 from .member_files import Member, declared_regions, files_by_case, member_folders, read_member, refuse_missing
@@ -137,7 +147,7 @@ class _Ensemble:
         self.regions = _regions(regions, channels, values - {0}, self.ignored)
         if len(self.members) == 1 and not channels:
             raise InputError(
-                f"{self.folders[0]}: one mask of each case knows no uncertainty: give more folders, or probabilities."
+                f"{self.folders[0]}: one mask per case carries no uncertainty: give more folders, or probabilities."
             )
         self._counts = [ReliabilityCounts(1) for _ in self.regions.names]
 
@@ -161,12 +171,14 @@ class _Ensemble:
         row |= grade_row(names, graded, reasons_to_look(names, graded, mask, facts, unit))
         row |= {"members": len(read), **size_row(found)}
         row |= uncertainty_row(members.predictive_entropy(), members.mutual_information())
+        label = None
         if self.labels is not None:
-            row |= self._score(found, self.labels[case], grid)
+            label = self.regions.masks(read_label(str(self.labels[case]), grid).as_tensor())
+            row |= self._score(found, label)
+        row |= cleanup_row(found, label=label)
         return row, structures(names, mask, members.votes, members.mean, affine, unit)
 
-    def _score(self, found: Case, file: Path, grid: MetaTensor) -> dict[str, float]:
-        label = self.regions.masks(read_label(str(file), grid).as_tensor())
+    def _score(self, found: Case, label: Tensor) -> dict[str, float]:
         box, band = near_contours(found.mask, label)
         for counts, inside, probability, truth in zip(self._counts, band, found.probability[box], label[box]):
             counts.add(probability[inside][None], truth[inside][None])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from ..rows import BAND
 from .figures import reliability_chart, risk_chart, scatter_chart
 from .statistics import FAILED, Row, grading_of, mean_of, number, unit_of
 from .summary import caution
-from .tables import cases_table, class_table, expected_table, grading_table, structure_table
+from .tables import cases_table, class_table, cleanup_table, expected_table, folds_table, grading_table, structure_table
 
 __all__ = ["write_report"]
 
@@ -37,8 +38,10 @@ def write_report(
     reliability: Mapping[str, Tensor] | None = None,
     split: str | None = None,
     chose_weights: bool = False,
-    tolerance: float = 1.0,
+    tolerance: float | None = 1.0,
     title: str = "Segmentation report",
+    folds: Mapping[str, Sequence[Row]] | None = None,
+    pictures: Mapping[str, Path] | None = None,
 ) -> Path:
     """Write ``<output_dir>/report.html``: what to look at, scores, whether uncertainty is right, pictures, all cases.
 
@@ -54,8 +57,10 @@ def write_report(
             :class:`medsegdiff_monai.grading.ReliabilityCounts`, (2, classes, bins).
         split: list that was scored: ``training``, ``validation`` or ``test``.
         chose_weights: whether that list chose the weights.
-        tolerance: of NSD, in the unit of lengths.
+        tolerance: of NSD, in the unit of lengths; None where it is not known.
         title: of the page.
+        folds: of a cross-validation, the rows of each fold.
+        pictures: of the cases, where they are not in ``output_dir``.
 
     Returns:
         The file.
@@ -65,13 +70,15 @@ def write_report(
     """
     folder = Path(output_dir)
     scored = any(math.isfinite(mean_of(row, "dice", names)) for row in rows)
-    cards = _Cards(folder, names, "dice" if scored else "expected_dice")
+    cards = _Cards(folder, names, "dice" if scored else "expected_dice", pictures or {})
     page: dict[str, Any] = {"title": title, "caution": caution(split, chose_weights) if scored else ""}
     page["scored"] = _what_was_scored(len(rows), split, scored)
     page |= _flagged(rows, cards) | _extremes(rows, cards, scored)
     page |= _scores(rows, names, tolerance, scored) | _uncertainty(rows, names, reliability or {})
     text, table = structure_table(structures)
     page |= {"structures_text": text, "structures": table, "table": cases_table(rows, names, cards.link)}
+    page["cleanup_text"], page["cleanup"] = cleanup_table(rows, names)
+    page["folds"] = folds_table(folds, names) if folds else {"rows": []}
     html = _template().render(page)
     write_atomically(folder / "report.html", html.encode("utf-8", "replace"))
     return folder / "report.html"
@@ -98,18 +105,23 @@ class _Cards:
         folder: of the results.
         names: of the classes.
         score: that orders the cases, ``dice`` or ``expected_dice``.
+        pictures: of cases that have theirs elsewhere.
     """
 
-    def __init__(self, folder: Path, names: Sequence[str], score: str) -> None:
+    def __init__(self, folder: Path, names: Sequence[str], score: str, pictures: Mapping[str, Path]) -> None:
         self.folder = folder
+        self.pictures = pictures
         self.names = names
         self.score = score
         self._shown: dict[str, str] = {}  # anchor of each case that has a picture already
 
     def link(self, case: str) -> str:
         """Relative path of a case's picture; empty where there is none."""
-        file = result_file(self.folder, case, "overlay.png")
-        return quote(file.relative_to(self.folder).as_posix(), errors="replace") if file.is_file() else ""
+        file = self._picture(case)
+        return quote(Path(os.path.relpath(file, self.folder)).as_posix(), errors="replace") if file.is_file() else ""
+
+    def _picture(self, case: str) -> Path:
+        return self.pictures.get(case) or result_file(self.folder, case, "overlay.png")
 
     def ordered(self, rows: Sequence[Row]) -> list[Row]:
         """The worst first; those of unknown score last."""
@@ -127,7 +139,7 @@ class _Cards:
         card = {"case": case, "scores": self._scores(row), "flag": row.get("flag") or "", "link": self.link(case)}
         above = self._shown.get(case, "")
         anchor = "" if above else self._shown.setdefault(case, f"case-{len(self._shown) + 1}")
-        picture = "" if above or not card["link"] else _embedded(result_file(self.folder, case, "overlay.png"))
+        picture = "" if above or not card["link"] else _embedded(self._picture(case))
         return {**card, "anchor": anchor, "anchor_above": above, "picture": picture}
 
     def _scores(self, row: Row) -> list[str]:
@@ -174,15 +186,16 @@ def _extremes(rows: Sequence[Row], cards: _Cards, scored: bool) -> dict[str, Any
     }
 
 
-def _scores(rows: Sequence[Row], names: Sequence[str], tolerance: float, scored: bool) -> dict[str, Any]:
+def _scores(rows: Sequence[Row], names: Sequence[str], tolerance: float | None, scored: bool) -> dict[str, Any]:
     if not scored:
         note = "What the members' agreement says of cases without labels: not measured."
         return {"classes_title": "Expected scores", "classes": expected_table(rows, names), "classes_note": note}
     unit = unit_of(rows)
     table = class_table(rows, names, unit, tolerance)
+    within = "the surface_tolerance" if tolerance is None else f"{tolerance:g} {unit}"
     notes = {
         "HD95": "HD95: 95th percentile of the surfaces' distances, infinite where one of them is missing.",
-        "NSD": f"NSD: share of the surfaces within {tolerance:g} {unit} of the other.",
+        "NSD": f"NSD: share of the surfaces within {within} of the other.",
         "ECE": f"ECE in band: distance of probability and frequency among the voxels within {BAND} of the contours.",
     }
     shown = " ".join(note for word, note in notes.items() if any(word in head for head in table["head"]))

@@ -11,9 +11,15 @@ import numpy as np
 
 from .curves import aurc, excess_aurc, rank_correlation
 
-__all__ = ["FAILED", "ClassScores", "Grading", "Row", "class_scores", "grading_of", "mean_of", "number", "unit_of"]
+__all__ = [
+    "CLEANED", "FAILED", "NOT_CLEANED", "ClassScores", "Grading", "Row", "class_scores", "grading_of", "mean_of",
+    "number", "over_folds", "unit_of", "was_cleaned",
+]  # fmt: skip
 
 FAILED = 0.5  # a Dice below it counts as a failure
+# columns that say what a clean-up did, or what keeping the largest component alone would do: voxels, and the other Dice
+CLEANED = ("removed_voxels", "uncleaned_dice")
+NOT_CLEANED = ("beside_largest_voxels", "largest_component_dice")
 
 Row = Mapping[str, Any]
 
@@ -35,6 +41,18 @@ def unit_of(rows: Sequence[Row]) -> str:
     filled = {key for row in rows for key, value in row.items() if value not in (None, "")}
     found = [unit for unit in ("mm", "px") if any(key.startswith((f"area_{unit}", f"volume_{unit}")) for key in filled)]
     return " or ".join(found) or "mm"
+
+
+def was_cleaned(rows: Sequence[Row], names: Sequence[str]) -> bool:
+    """Whether the masks were cleaned up, see :func:`medsegdiff_monai.rows.cleanup_row`."""
+    return any(not math.isnan(number(row, f"{CLEANED[0]}_{name}")) for row in rows for name in names)
+
+
+def over_folds(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and (n - 1) standard deviation of what folds have; NaN where too few have any, or one is infinite."""
+    known = np.array([value for value in values if not math.isnan(value)])
+    spread = len(known) > 1 and np.isfinite(known).all()
+    return float(known.mean()) if len(known) else math.nan, float(known.std(ddof=1)) if spread else math.nan
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 
 from ..metrics import RATER_SCORES
-from .statistics import FAILED, ClassScores, Row, class_scores, mean_of, number, unit_of
+from .statistics import CLEANED, FAILED, ClassScores, Row, class_scores, mean_of, number, unit_of, was_cleaned
 
-__all__ = ["caution", "summary_lines"]
+__all__ = ["aligned", "caution", "summary_lines"]
 
 CHOSE_WEIGHTS = (
-    "These cases chose the weights and their calibration: scores of new cases will be somewhat lower. "
+    "These cases chose the weights and their calibration: expect somewhat lower scores on new cases. "
     "Report scores of a list that the training did not see."
 )
 TRAINED = "The weights were trained on these cases: the scores say nothing of new ones."
@@ -30,7 +30,7 @@ def _cells(scores: ClassScores) -> list[str]:
     return [scores.name, f"{scores.mean:.3f}", f"{scores.median:.3f}", f"{scores.below:.0%}", distance]
 
 
-def _aligned(table: Sequence[Sequence[str]]) -> list[str]:
+def aligned(table: Sequence[Sequence[str]]) -> list[str]:
     """Lines of a table: the first column to the left, the others to the right; columns without values are left out."""
     columns = [column for column in zip(*table) if any(column[1:])]
     widths = [max(map(len, column)) for column in columns]
@@ -72,16 +72,20 @@ def summary_lines(
     """
     scores = class_scores(rows, names)
     cases = f"{len(rows)} case{'s' * (len(rows) != 1)}"
-    lines = [f"Scored: {cases} of the list '{split}'." if split and scores else f"Segmented: {cases}."]
+    of_list = f" of the list '{split}'" if split else ""
+    lines = [f"Scored: {cases}{of_list}." if scores else f"Segmented: {cases}."]
     if scores:
         lines += list(filter(None, [caution(split, chose_weights)]))
         head = ["class", "mean Dice", "median", f"below {FAILED:g}", f"median HD95 ({unit_of(rows)})"]
-        lines += _aligned([head, *map(_cells, scores)])
+        lines += aligned([head, *map(_cells, scores)])
         worst = sorted((dice, str(row["case"])) for row in rows if not math.isnan(dice := mean_of(row, "dice", names)))
         named = ", ".join(f"{case} (Dice {dice:.3f})" for dice, case in worst[:number_worst])
         lines += [f"Worst: {named}."]
     lines += _beside_raters(rows)
+    if was_cleaned(rows, names):
+        changed = sum(any(number(row, f"{CLEANED[0]}_{name}") > 0 for name in names) for row in rows)
+        lines.append(f"Clean-up removed voxels in {changed or 'none'} of {cases}.")
     flagged = sum(bool(row.get("flag")) for row in rows)
     if any("flag" in row for row in rows):
-        lines.append(f"Flagged, to be looked at: {flagged or 'none'} of {cases}.")
+        lines.append(f"Flagged for review: {flagged or 'none'} of {cases}.")
     return lines + ([f"Report: {report}"] if report is not None else [])

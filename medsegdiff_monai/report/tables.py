@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from .statistics import FAILED, Grading, Row, class_scores, mean_of, number, unit_of
+from .statistics import (
+    CLEANED,
+    FAILED,
+    NOT_CLEANED,
+    Grading,
+    Row,
+    class_scores,
+    mean_of,
+    number,
+    over_folds,
+    unit_of,
+    was_cleaned,
+)
 
-__all__ = ["cases_table", "class_table", "expected_table", "grading_table", "structure_table"]
+__all__ = [
+    "cases_table", "class_table", "cleanup_table", "expected_table", "folds_table", "grading_table", "structure_table",
+]  # fmt: skip
 
 MAX_MISSES, MAX_UNSURE = 20, 10  # structures that are shown
 SIZES = {"volume_mm3": "volume (mm³)", "volume_px": "volume (px)", "area_mm2": "area (mm²)", "area_px": "area (px)"}
@@ -24,15 +38,54 @@ def _without_empty(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     return {"head": [head[i] for i in kept], "rows": [[row[i] for i in kept] for row in rows]}
 
 
-def class_table(rows: Sequence[Row], names: Sequence[str], unit: str, tolerance: float) -> Table:
-    """Scores of each class."""
+def class_table(rows: Sequence[Row], names: Sequence[str], unit: str, tolerance: float | None) -> Table:
+    """Scores of each class; of NSD without a tolerance it is not known, or several."""
     head = ["class", "cases", "mean Dice", "median Dice", f"below {FAILED:g}", f"median HD95 ({unit})"]
     lines = [
         [s.name, str(s.cases), _text(s.mean), _text(s.median), _text(s.below, ".0%"), _text(s.hd95, ".2f"),
          _text(s.nsd), _text(s.ece_band)]
         for s in class_scores(rows, names)
     ]  # fmt: skip
-    return _without_empty([*head, f"mean NSD ({tolerance:g} {unit})", "mean ECE in band"], lines)
+    surface = "mean NSD" + ("" if tolerance is None else f" ({tolerance:g} {unit})")
+    return _without_empty([*head, surface, "mean ECE in band"], lines)
+
+
+def folds_table(folds: Mapping[str, Sequence[Row]], names: Sequence[str]) -> Table:
+    """Mean Dice of each class in each fold, then mean and standard deviation of these."""
+    means = {fold: {s.name: s.mean for s in class_scores(rows, names)} for fold, rows in folds.items()}
+    columns = {name: [of_fold.get(name, math.nan) for of_fold in means.values()] for name in names}
+    spread = {name: over_folds(values) for name, values in columns.items()}
+    lines = [
+        [fold, str(len(rows)), *(_text(columns[name][i]) for name in names)]
+        for i, (fold, rows) in enumerate(folds.items())
+    ]
+    for i, word in enumerate(("mean of the folds", "their standard deviation")):
+        lines.append([word, "", *(_text(spread[name][i]) for name in names)])
+    return {"head": ["fold", "cases", *(f"mean Dice {name}" for name in names)], "rows": lines}
+
+
+def cleanup_table(rows: Sequence[Row], names: Sequence[str]) -> tuple[str, Table]:
+    """What a clean-up of the masks has changed, or what keeping only the largest component would change."""
+    done = was_cleaned(rows, names)
+    voxels, other = CLEANED if done else NOT_CLEANED
+    lines = []
+    for name in names:
+        counts = [count for row in rows if (count := number(row, f"{voxels}_{name}")) > 0]
+        pairs = [(number(row, f"dice_{name}"), number(row, f"{other}_{name}")) for row in rows]
+        dice = [pair[::-1] if done else pair for pair in pairs if not math.isnan(sum(pair))]
+        change = [
+            *(_text(sum(values) / len(dice)) for values in zip(*dice)),
+            str(sum(after > before for before, after in dice)),
+            str(sum(after < before for before, after in dice)),
+        ] if dice else [""] * 4  # fmt: skip
+        lines += [[name, str(len(counts)), f"{sum(counts):.0f}", *change]] if counts else []
+    head = ["class", "cases", "voxels", "mean Dice without", "mean Dice with it", "cases better", "cases worse"]
+    if done:
+        text = "The masks were cleaned up; scores are those of what is left."
+        text += "" if lines else " Nothing was removed."
+    else:
+        text = "The masks were not cleaned up. This is what largest_component would have removed." if lines else ""
+    return text, _without_empty(head, lines)
 
 
 def expected_table(rows: Sequence[Row], names: Sequence[str]) -> Table:
@@ -107,7 +160,8 @@ def cases_table(rows: Sequence[Row], names: Sequence[str], link: Callable[[str],
     columns = [("expected Dice", ".3f", lambda row: mean_of(row, "expected_dice", names))]
     columns += [("Dice", ".3f", lambda row: mean_of(row, "dice", names))] if len(names) > 1 else []
     scores = {"dice": ("Dice", ".3f"), "hd95": (f"HD95 ({unit})", ".2f"), "nsd": ("NSD", ".3f")}
-    for score, (word, form) in {**scores, **{size: (word, ".4g") for size, word in SIZES.items()}}.items():
+    scores |= {size: (word, ".4g") for size, word in SIZES.items()}
+    for score, (word, form) in {**scores, **_cleanup_columns(rows, names)}.items():
         for name in names:
             title = f"{word} {name}" if len(names) > 1 else word
             columns.append((title, form, _reader(f"{score}_{name}")))
@@ -123,6 +177,16 @@ def cases_table(rows: Sequence[Row], names: Sequence[str], link: Callable[[str],
         line += [_word(str(row.get("flag") or ""), "text flag")] if flagged else []
         body.append(line + [_cell(read(row), form) for _, form, read in kept])
     return {"head": head, "rows": body}
+
+
+def _cleanup_columns(rows: Sequence[Row], names: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """The columns of a clean-up, or of one that was not done; none where it changes nothing."""
+    done = was_cleaned(rows, names)
+    voxels, dice = CLEANED if done else NOT_CLEANED
+    if not any(number(row, f"{voxels}_{name}") > 0 for row in rows for name in names):
+        return {}
+    words = ("voxels removed", "Dice uncleaned") if done else ("voxels beside the largest", "Dice of the largest")
+    return {voxels: (words[0], ".0f"), dice: (words[1], ".3f")}
 
 
 def _reader(column: str) -> Callable[[Row], float]:

@@ -48,7 +48,7 @@ class DDIMScheduler(DiffusionScheduler):
         generator: torch.Generator | None = None,
         noise: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Go from one timestep to the next lower one; see :meth:`DiffusionScheduler.step`."""
+        """Go from one timestep to the next lower one; see :meth:`.DiffusionScheduler.step`."""
         _, t, t_prev = self._neighbours(timestep)
         alpha_bar, alpha_bar_prev = self._alpha_bar(t), self._alpha_bar(t_prev)
         x_t = at_least_float32(sample)

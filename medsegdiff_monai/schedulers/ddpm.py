@@ -58,7 +58,7 @@ class DDPMScheduler(DiffusionScheduler):
         generator: torch.Generator | None = None,
         noise: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Go from one timestep to the next lower one; see :meth:`DiffusionScheduler.step`.
+        """Go from one timestep to the next lower one; see :meth:`.DiffusionScheduler.step`.
 
         With ``learned_range``, ``model_output`` has shape (B, 2C, *spatial).
         """

@@ -53,7 +53,7 @@ class DPMSolverPlusPlusScheduler(DiffusionScheduler):
         self._last: tuple[int, Tensor] | None = None  # the timestep before this one, and its x0
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
-        """Choose the timesteps of sampling and forget the last x0; see :meth:`DiffusionScheduler.set_timesteps`."""
+        """Choose the timesteps of sampling and forget the last x0; see :meth:`.DiffusionScheduler.set_timesteps`."""
         super().set_timesteps(num_inference_steps, device)
         self._last = None
 
@@ -65,7 +65,7 @@ class DPMSolverPlusPlusScheduler(DiffusionScheduler):
         generator: torch.Generator | None = None,
         noise: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Go from one timestep to the next lower one; see :meth:`DiffusionScheduler.step`.
+        """Go from one timestep to the next lower one; see :meth:`.DiffusionScheduler.step`.
 
         ``generator`` and ``noise`` are there for all samplers to be called alike; no noise is drawn.
         """

@@ -17,8 +17,10 @@ LONG = ("OB", "OW", "SQ", "UN")
 FIELDS = {  # of a slice: tag and kind
     "kind": (0x00080008, "CS"), "storage": (0x00080016, "UI"), "instance": (0x00080018, "UI"),
     "date": (0x00080021, "DA"), "modality": (0x00080060, "CS"), "patient": (0x00100020, "LO"),
+    "thickness": (0x00180050, "DS"), "echo": (0x00180086, "IS"), "distance": (0x00180088, "DS"),
     "study": (0x0020000D, "UI"), "series": (0x0020000E, "UI"), "number": (0x00200013, "IS"),
     "position": (0x00200032, "DS"), "orientation": (0x00200037, "DS"), "frame": (0x00200052, "UI"),
+    "time": (0x00200100, "IS"),
     "samples": (0x00280002, "US"), "colours": (0x00280004, "CS"), "frames": (0x00280008, "IS"),
     "rows": (0x00280010, "US"), "columns": (0x00280011, "US"), "spacing": (0x00280030, "DS"),
     "allocated": (0x00280100, "US"), "stored": (0x00280101, "US"), "high": (0x00280102, "US"),

@@ -318,7 +318,7 @@ def test_what_is_ignored_is_proposed_and_no_part_of_the_fingerprint(task):
 
 
 def test_no_folder(tmp_path):
-    with pytest.raises(InputError, match="is no folder"):
+    with pytest.raises(InputError, match="is not a folder"):
         check(str(tmp_path / "none"))
 
 
@@ -356,3 +356,32 @@ def test_ct_is_scaled_by_what_its_foreground_holds(tmp_path):
 
 def test_images_without_a_unit_are_normalised_by_themselves(task):
     assert inspect_dataset(task).overlay["intensity_range"] is None
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"), [("train", "training"), ("Training", "training"), ("val", "validation"), ("testing", "test")]
+)
+def test_a_list_whose_name_is_misspelt(task, name, meant):
+    edit(task, lambda c: c.update({"validation": c["training"][:2], "test": c["training"][2:3]}))
+    edit(task, lambda c: c.update({name: c.pop(meant)}))
+    with pytest.raises(InputError, match=rf"cases under '{name}': did you mean '{meant}'\?"):
+        inspect_dataset(task)
+
+
+def test_lists_that_nothing_reads_get_a_word_but_for_unlabelled(task):
+    edit(task, lambda c: c.update(excluded=c["training"][:2], unlabelled=c["training"][:1], authors=["a"]))
+    warnings = inspect_dataset(task).warnings
+    assert sum("'excluded' lists 2 cases, which nothing reads" in text for text in warnings) == 1
+    assert not any("'unlabelled'" in text or "'authors'" in text for text in warnings)
+
+
+def test_a_label_of_two_images_gets_a_word(task):
+    edit(task, lambda c: c["training"][1].update(label=c["training"][0]["label"]))
+    warnings = inspect_dataset(task).warnings
+    assert any("is the label of several images (toy_000.nii.gz, toy_001.nii.gz)" in text for text in warnings)
+
+
+def test_labels_that_are_no_table_get_a_word(task):
+    edit(task, lambda c: c.update(labels=["background", "a"]))
+    warnings = inspect_dataset(task).warnings
+    assert any("has 'labels' that are not a table of names and values" in text for text in warnings)

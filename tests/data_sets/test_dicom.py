@@ -167,10 +167,10 @@ ITEM = b"\xfe\xff\x00\xe0"
 @pytest.mark.parametrize(
     ("content", "length", "message"),
     [
-        (ITEM + b"\4\0\0\0abcd", None, "it ends within an element|is of no known kind"),
+        (ITEM + b"\4\0\0\0abcd", None, "it ends within an element|is of an unknown kind"),
         (ITEM + b"\xff\0\0\0", None, "an item claims 255 bytes, but only 0 are left"),
         (ITEM + b"\xff\xff\xff\xff", None, "an item has no end"),
-        (b"\x08\0\0\1\0\0\0\0SHab", None, "element .* is of no known kind"),
+        (b"\x08\0\0\1\0\0\0\0SHab", None, "element .* is of an unknown kind"),
         (files.element(0x00080100, "SH", "ab"), None, r"a sequence holds \(0008,0100\)"),
         (b"", 0xFFFFFFFF, r"a sequence holds \(0010,0020\)"),
     ],
@@ -217,7 +217,7 @@ def test_files_are_known_by_their_first_bytes(tmp_path, name):
     assert all(dicom.is_dicom_file(path) for path in paths)
     np.testing.assert_array_equal(load_image(tmp_path / "s")[0], VOLUME)
     paths[4].write_bytes(paths[4].read_bytes()[100:])
-    with pytest.raises(InputError, match="no DICOM file, though it is named like one"):
+    with pytest.raises(InputError, match="is named like a DICOM file, but is not one"):
         load_image(tmp_path / "s")
 
 
@@ -227,7 +227,7 @@ def test_a_file_that_may_be_a_lost_slice_is_refused(tmp_path, name):
     if name == "6":
         shutil.move(tmp_path / "s/5.dcm", tmp_path / "s/5")
     (tmp_path / "s" / name).write_bytes(b"half")
-    with pytest.raises(InputError, match=f"{name}: is no DICOM file, though it is named like one"):
+    with pytest.raises(InputError, match=f"{name}: is named like a DICOM file, but is not one"):
         load_image(tmp_path / "s")
 
 
@@ -248,8 +248,8 @@ def test_what_is_left_out_is_named(tmp_path, caplog):
     (tmp_path / "s/report").write_bytes(report[: report.index(b"\xe0\x7f\x10\0")])
     with caplog.at_level(logging.WARNING):
         assert load_image(tmp_path / "s").shape == (1, 7, 6, 5)
-    assert "left out, since they are no DICOM images: report, DICOMDIR, readme.txt" in caplog.text
-    assert "the DICOM files in its folders later are no part of the series" in caplog.text
+    assert "skipped, not DICOM images: report, DICOMDIR, readme.txt" in caplog.text
+    assert "the DICOM files in its folders later are not part of the series" in caplog.text
 
 
 def test_numbers_with_holes_are_named(tmp_path, caplog):
@@ -264,7 +264,7 @@ def test_a_folder_of_series_and_a_single_file_say_what_to_give(tmp_path):
     files.write_series(tmp_path / "patient/head", VOLUME)
     with pytest.raises(InputError, match="patient: holds no DICOM image, but the folders head: give the folder that"):
         load_image(tmp_path / "patient")
-    with pytest.raises(InputError, match=r"1.dcm: is of no kind that is read .*; give the folder of its series"):
+    with pytest.raises(InputError, match=r"1.dcm: has no supported format .*; give the folder of its series"):
         load_image(tmp_path / "patient/head/1.dcm")
 
 
@@ -277,3 +277,30 @@ def test_several_series_of_one_grid_are_channels(tmp_path):
     np.testing.assert_allclose(image.affine, load_image(tmp_path / "a").affine)
     with pytest.raises(InputError, match=r"c: its grid, .* is not that of .*a, .* or lies elsewhere"):
         load_image([str(tmp_path / "a"), str(tmp_path / "c")])
+
+
+@pytest.mark.parametrize("told", [{"thickness": "2.0"}, {"thickness": "4.0", "distance": "2.0"}])
+def test_every_second_slice_is_missed_where_the_files_tell_how_far_apart_they_are(tmp_path, told):
+    paths = files.write_series(tmp_path / "s", VOLUME, spacing=(1, 1, 2), **told)
+    assert load_image(tmp_path / "s").shape == (1, 7, 6, 5)
+    for path in paths[1::2]:
+        path.unlink()
+    with pytest.raises(InputError, match=r"1.dcm: the next slice is 4 mm and 2 numbers away, where one of 2 mm"):
+        load_image(tmp_path / "s")
+
+
+@pytest.mark.parametrize("told", [{}, {"thickness": "4.0"}, {"thickness": "2.0", "distance": "4.0"}])
+def test_every_second_number_is_no_gap_where_slices_are_as_far_apart_as_told(tmp_path, told, caplog):
+    """Such as the slices of one echo of two."""
+    paths = files.write_series(tmp_path / "s", VOLUME, spacing=(1, 1, 2), **told)
+    for path in paths[1::2]:
+        path.unlink()
+    assert load_image(tmp_path / "s").pixdim[2] == 4
+    assert "its 3 slices are numbered 1 to 5" in caplog.text
+
+
+@pytest.mark.parametrize("field", ["echo", "time"])
+def test_echoes_and_time_points_at_places_of_their_own_are_no_stack(tmp_path, field):
+    files.write_series(tmp_path / "s", VOLUME, edit=lambda k: {field: "2" if k == 3 else "1"})
+    with pytest.raises(InputError, match=rf"4.dcm: its {field}.* differs from that of most slices"):
+        load_image(tmp_path / "s")

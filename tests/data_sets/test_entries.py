@@ -220,3 +220,15 @@ def test_prepare_keeps_names_codes_regions_and_what_is_ignored(task, tmp_path):
     content = json.loads((tmp_path / "out/dataset.json").read_text())
     assert content["labels"] == {"0": "background", "1": "front", "2": "back"} and content["ignore_label"] == 7
     assert content["regions"] == {"whole": [1, 2], "back": [2]}
+
+
+@pytest.mark.parametrize("key", ["label", "labels"])
+def test_an_image_is_not_its_own_label(tmp_path, key):
+    """By its name, or by a link."""
+    (tmp_path / "a.nii").write_bytes(b"")
+    (tmp_path / "b.nii").symlink_to(tmp_path / "a.nii")
+    for name in ("a.nii", "b.nii"):
+        case = {"image": "a.nii", key: name if key == "label" else [name]}
+        (tmp_path / "dataset.json").write_text(json.dumps({"training": [case]}))
+        (fault,) = read_data_list(tmp_path).faults
+        assert "its own label" in fault and "a.nii" in fault

@@ -158,7 +158,7 @@ def test_damaged_nrrd_is_refused(tmp_path, content, message):
         (meta().replace(b"LOCAL", b"LIST\na.raw"), "keeps its voxels in several files"),
         (meta().replace(b"LOCAL", b"LO\x01CAL"), r"its voxels are in 'LO.x01CAL'"),
         (meta().replace(b"NDims = 3", b"NDims = 3\nNDims = 3"), "NDims is there twice"),
-        (meta()[:40], "is no list of fields that ends in ElementDataFile"),
+        (meta()[:40], "is not a list of fields that ends in ElementDataFile"),
     ],
 )
 def test_damaged_meta_image_is_refused(tmp_path, content, message):

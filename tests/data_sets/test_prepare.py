@@ -71,10 +71,10 @@ def test_foreign_output_is_refused(tmp_path, run):
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
-        ("refuge2", {}, "'refuge2' is no kind of data set: give one of refuge, brats, ddti, decathlon, nnunet, folder"),
+        ("refuge2", {}, "is not a kind of data set: give one of refuge, brats, ddti, decathlon, nnunet, folder"),
         ("refuge", {"slices": "2D"}, "--slices: refuge has no such option; it has crop_disc"),
         ("decathlon", {"crop": 1}, "it has none"),
-        ("refuge", {"crop_disc": "maybe"}, "is no boolean"),
+        ("refuge", {"crop_disc": "maybe"}, "is neither true nor false"),
     ],
 )
 def test_kind_and_options(tmp_path, run, kind, options, message):
@@ -84,7 +84,7 @@ def test_kind_and_options(tmp_path, run, kind, options, message):
 
 
 def test_source_and_output_folders(tmp_path):
-    with pytest.raises(InputError, match="is no folder: give the unpacked download"):
+    with pytest.raises(InputError, match="is not a folder: give the unpacked download"):
         prepare("folder", str(tmp_path / "none"), str(tmp_path / "out"))
     with pytest.raises(InputError, match="lies in the source, which is never altered"):
         prepare("folder", str(tmp_path), str(tmp_path / "out"))

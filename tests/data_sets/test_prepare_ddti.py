@@ -34,7 +34,7 @@ def test_outlines_of_the_owners_folder(tmp_path, run, capsys):
         "6_1.jpg: has no usable outline",
         "8_1.jpg: has no usable outline",
         "12_1.jpg: has no usable outline",
-        "10.xml: names 10_1, of which there is no picture",
+        "10.xml: names 10_1, but there is no such picture",
         "13_1.jpg: no XML names it",
         "11.xml: calls itself 99",
     ):
@@ -77,7 +77,7 @@ def test_entity_attack_is_refused(tmp_path, run, entity, encoding):
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("/../../../etc/passwd", "leads out of the folder"), ("one", "is no number"), ("", "is no number")],
+    [("/../../../etc/passwd", "leads out of the folder"), ("one", "is not a number"), ("", "is not a number")],
 )
 def test_picture_name_that_climbs_out(tmp_path, run, name, message):
     write_case(tmp_path / "raw", raw.ddti_xml([(name, "[]")]))

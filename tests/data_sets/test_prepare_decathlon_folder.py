@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 
 import itk
 import nibabel as nib
 import numpy as np
 import pytest
 import raw_layouts as raw
+from dicom_files import slice_file
 from PIL import Image, ImageFilter
 
 from medsegdiff_monai.data.reading import load_image
+from medsegdiff_monai.data.report import inspect_dataset
 from medsegdiff_monai.errors import InputError
 
 
@@ -42,7 +45,7 @@ def test_official_validation_and_patients_are_kept(tmp_path, run):
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("/etc/passwd", "is of no kind that is read"),
+        ("/etc/passwd", "has no supported format"),
         ("imagesTr/../../../x.nii", "no such file"),
         ("a\0b", "no file name"),
     ],
@@ -312,7 +315,7 @@ def test_one_left_over_on_each_side_is_named(tmp_path, run, capsys):
     assert listed(out) == ["a", "c"] and out.names("unlabelled") == ["d"]
     shown = capsys.readouterr().out
     assert "labels/b.png: has no image and is left out" in shown and "listed as 'unlabelled': d" in shown
-    assert "notes.webp: is of no kind that is read and is left out" in shown
+    assert "notes.webp: has no supported format and is left out" in shown
 
 
 def test_suffixes_in_any_case(tmp_path, run):
@@ -357,3 +360,72 @@ def test_labels_of_volumes_are_put_onto_the_grid_of_their_image(tmp_path, run):
         written = nib.load(tmp_path / f"out/labels/{name}.nii.gz")
         np.testing.assert_array_equal(written.dataobj, mask.round())
         np.testing.assert_allclose(written.affine, affine)
+
+
+def test_names_that_look_alike_belong_together(tmp_path, run):
+    """A Mac writes an umlaut as two characters."""
+    folder_of(tmp_path / "raw", {"Mu\u0308ller": square(), "b": square()})
+    (tmp_path / "raw/images/Mu\u0308ller.png").rename(tmp_path / "raw/images/M\u00fcller.png")
+    assert listed(run("folder")) == ["M\u00fcller", "b"]
+
+
+def test_paths_that_are_too_long_for_a_name_are_shortened(tmp_path, run):
+    deep = "/".join(["x" * 60] * 6)
+    for kind in ("images", "labels"):
+        (tmp_path / "raw" / kind / deep).mkdir(parents=True)
+    folder_of(tmp_path / "raw", {f"{deep}/a": square(), "b": square()})
+    assert [len(name) for name in listed(run("folder"))] == [1, 180]
+
+
+def test_names_that_are_no_text_can_be_checked(tmp_path, run):
+    folder_of(tmp_path / "raw", {"a": square(), "b": square()})
+    for kind in ("images", "labels"):
+        try:
+            os.rename(bytes(tmp_path / f"raw/{kind}/a.png"), bytes(tmp_path / f"raw/{kind}") + b"/\xff.png")
+        except OSError:
+            pytest.skip("this file system takes text alone")
+    assert inspect_dataset(run("folder").folder).errors == []
+
+
+def test_what_lies_beside_images_and_labels_is_named(tmp_path, run, capsys):
+    folder_of(tmp_path / "raw", {"a": square(), "b": square()})
+    (tmp_path / "raw/labels_A").mkdir()
+    (tmp_path / "raw/masks.zip").write_bytes(b"")
+    (tmp_path / "raw/images/patient").symlink_to(tmp_path / "gone")
+    (tmp_path / "raw/images/1.dcm").write_bytes(slice_file(np.zeros((4, 5), np.int16)))
+    run("folder")
+    shown = capsys.readouterr().out
+    assert "raw: labels_A, masks.zip beside images/ and labels/ are left out" in shown
+    assert "patient: is a link to what is not there" in shown
+    assert "1.dcm: is a slice that lies in images/ itself (give each series a folder there)" in shown
+
+
+def test_a_mask_that_is_a_lost_link_is_a_fault_of_its_case(tmp_path, run):
+    folder_of(tmp_path / "raw", {"a": square(), "b": square()})
+    (tmp_path / "raw/labels/a.png").unlink()
+    (tmp_path / "raw/labels/a.png").symlink_to(tmp_path / "gone.png")
+    with pytest.raises(InputError, match=r"labels/a.png: is a link to a file that is not there"):
+        run("folder")
+
+
+def test_a_mask_that_is_a_link_to_its_image(tmp_path, run):
+    folder_of(tmp_path / "raw", {"a": square(), "b": square()})
+    (tmp_path / "raw/images/a.png").unlink()
+    (tmp_path / "raw/images/a.png").symlink_to(tmp_path / "raw/labels/a.png")
+    with pytest.raises(InputError, match=r"labels/a.png: is the image itself"):
+        run("folder")
+
+
+def test_masks_of_a_kind_that_is_not_read(tmp_path, run):
+    folder_of(tmp_path / "raw", {"a": square()})
+    (tmp_path / "raw/labels/a.png").rename(tmp_path / "raw/labels/a.gif")
+    with pytest.raises(InputError, match=r"labels/ holds a.gif\): save them as .nii, "):
+        run("folder")
+
+
+def test_masks_of_shares_are_no_labels(tmp_path, run):
+    folder_of(tmp_path / "raw", {"a": square()})
+    (tmp_path / "raw/labels/a.png").unlink()
+    Image.fromarray(square().astype(np.float32) / 2 / square().max()).save(tmp_path / "raw/labels/a.tif")
+    with pytest.raises(InputError, match=r"a.tif: holds 0.5, which is no label"):
+        run("folder")

@@ -200,7 +200,7 @@ def test_raters_alone_make_a_proposal(tmp_path):
             save(folder / f"raters/c{case}_{i}.png", mask(6) * 255)
     report = inspect_dataset(folder)
     assert report.overlay["regions"] == {"lesion": [255]}
-    assert any("agree in every voxel: make sure that their files are no copies" in text for text in report.warnings)
+    assert any("agree in every voxel: make sure that their files are not copies" in text for text in report.warnings)
 
 
 def test_raters_take_memory_of_the_cache(tmp_path, monkeypatch):

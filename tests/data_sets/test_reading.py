@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gzip
+import os
 import struct
 import tracemalloc
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 
+import dicom_files
 import itk
 import nibabel as nib
 import numpy as np
@@ -122,7 +124,7 @@ def test_folder_that_is_no_series(tmp_path):
 
 def test_unknown_suffix(tmp_path):
     (tmp_path / "x.pkl").write_bytes(b"")
-    with pytest.raises(InputError, match="is of no kind that is read"):
+    with pytest.raises(InputError, match="has no supported format"):
         reading.load_image(tmp_path / "x.pkl")
 
 
@@ -163,3 +165,58 @@ def test_dicom_series_is_checked_file_by_file(tmp_path):
         file.write_bytes(content)
     with pytest.raises(InputError, match=r"dcm: claims .* more than the file can hold"):
         reading.load_image(tmp_path / "d")
+
+
+def nifti(**header):
+    """The bytes of a small volume, of which each voxel is another one."""
+    image = nib.Nifti1Image(np.arange(720, dtype=np.int16).reshape(8, 9, 10), np.eye(4))
+    for name, value in header.items():
+        image.header[name] = value
+    return image.to_bytes()
+
+
+def damaged(content, at):
+    return content[:at] + bytes([content[at] ^ 255]) + content[at + 1 :]
+
+
+PACKED = gzip.compress(nifti(), compresslevel=0)
+DAMAGED = {
+    "checksum.nii.gz": (damaged(PACKED, len(PACKED) - 6), "CRC check failed"),
+    "voxel.nii.gz": (damaged(PACKED, len(PACKED) - 20), "CRC check failed"),
+    "cut.nii.gz": (PACKED[:-3], "ended before"),
+    "junk.nii.gz": (PACKED + b"junk", "Not a gzipped file"),
+    "twice.nii.gz": (PACKED * 2, r"\[8, 9, 10\] voxels, but 1792 bytes more are there"),
+    "slice.nii.gz": (gzip.compress(nifti() + bytes(144)), "144 bytes more are there"),
+    "slice.nii": (nifti() + bytes(144), "144 bytes more are there"),
+    "micron.nii": (nifti(xyzt_units=3), "voxel size in microns"),
+    "colours.nii": (forged_nifti((2, 2, 2), 128, 24) + bytes(99), "complex numbers or colours"),
+    "complex.nii": (forged_nifti((2, 2, 2), 32, 64) + bytes(99), "complex numbers or colours"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_nifti_that_is_not_what_its_header_says(tmp_path, name):
+    content, message = DAMAGED[name]
+    (tmp_path / name).write_bytes(content)
+    for read in (reading.load_image, reading.load_label):
+        with pytest.raises(InputError, match=message):
+            read(tmp_path / name)
+
+
+@pytest.mark.parametrize("rest", [bytes(9), b""])
+def test_padding_behind_the_voxels_is_no_slice(tmp_path, rest):
+    (tmp_path / "x.nii").write_bytes(nifti() + rest)
+    (tmp_path / "y.nii.gz").write_bytes(gzip.compress(nifti() + rest) + bytes(64))
+    for name in ("x.nii", "y.nii.gz"):
+        assert reading.load_image(tmp_path / name).numpy().ravel().tolist() == list(range(720))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes")
+@pytest.mark.parametrize("name", ["pipe.nii.gz", "pipe.png", "pipe.mha", "series/9.dcm"])
+def test_a_pipe_is_not_waited_for(tmp_path, name):
+    dicom_files.write_series(tmp_path / "series", np.zeros((4, 5, 3), np.int16))
+    os.mkfifo(tmp_path / name)
+    given = tmp_path / name.split("/")[0]
+    for read in (reading.load_image, reading.load_label, reading.check_header):
+        with pytest.raises(InputError, match=f"{name}: is a pipe"):
+            read(given)

@@ -84,7 +84,7 @@ def test_declared_labels_are_the_values_of_the_mask():
     pred = json.loads((CONFIGS / "metadata.json").read_text())["network_data_format"]["outputs"]["pred"]
     labels = {int(value): name for value, name in pred["channel_def"].items() if name != "background"}
     config = parser("inference")
-    fuse = config.get_parsed_content("postprocessing").transforms[-1]
+    fuse = config.get_parsed_content("postprocessing").transforms[-2]
     assert sorted(labels) == list(range(1, fuse.num_classes + 1))
     assert pred["channel_def"]["0"] == "background" and pred["num_channels"] == fuse.num_classes + 1
 
@@ -101,7 +101,7 @@ def test_options_of_a_request_reach_inferer_and_fusion():
     config.parse()
     inferer = config.get_parsed_content("inferer")
     assert (inferer.num_members, inferer.num_steps) == (3, 7)
-    assert config.get_parsed_content("postprocessing").transforms[-1].fusion == "mean"
+    assert config.get_parsed_content("postprocessing").transforms[-2].fusion == "mean"
     # and from the command line as ever
     inferer = parser("inference", num_members=9).get_parsed_content("inferer")
     assert (inferer.num_members, inferer.num_steps) == (9, 1)

@@ -436,6 +436,9 @@ def test_grid_of_the_ff_parser_covers_the_size_it_was_asked_for(small_net, ff_si
         ({"dropout": 1.0}, "dropout=1.0"),
         ({"dropout": -0.1}, "dropout=-0.1"),
         ({"prediction_type": "x0"}, "prediction_type='x0' must be one of"),
+        ({"use_ff_parser": "false"}, "use_ff_parser='false' must be False or True"),
+        ({"use_mask_gate": "no"}, "use_mask_gate='no' must be False or True"),
+        ({"attention_levels": ("false",) * 4}, "attention_levels='false' must be False or True"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(small_net, changes, message):
@@ -451,8 +454,8 @@ def test_arguments_that_do_not_fit_are_refused(small_net, changes, message):
         ((2, 3, 16, 24), [1], IMAGE, "noisy mask of shape"),
         ((2, 2, 16, 20), [1], IMAGE, r"noisy mask of spatial size \[16, 20\] .* nearest size that is: \[16, 24\]"),
         ((2, 2, 16, 16), [1], IMAGE, r"noisy mask of size \[16, 16\] and image of size \[16, 24\] differ"),
-        ((3, 2, 16, 24), [1], IMAGE, "a batch of 3 masks is no multiple of the 2 images"),
-        ((1, 2, 16, 24), [1], IMAGE, "a batch of 1 masks is no multiple of the 2 images"),
+        ((3, 2, 16, 24), [1], IMAGE, "a batch of 3 masks is not a multiple of 2 images"),
+        ((1, 2, 16, 24), [1], IMAGE, "a batch of 1 masks is not a multiple of 2 images"),
         (MASK, [1, 2, 3], IMAGE, r"timesteps of shape \[3\] must be of shape \(1,\) or \(2,\)"),
         (MASK, 1, IMAGE, r"timesteps of shape \[\]"),
     ],

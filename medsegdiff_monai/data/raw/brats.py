@@ -63,6 +63,7 @@ def find(source: Path, slices: str = "3D", regions: str = "three") -> Layout:
     ``BraTS2021_00000/BraTS2021_00000_t1.nii.gz``, ``BraTS-GLI-00000-000/BraTS-GLI-00000-000-t1n.nii.gz``.
 
     Quirks:
+
     - Enhancing tumour is 4 up to 2021 and 3 in 2023 (MONAI ``ConvertToMultiChannelBasedOnBratsClasses``; torch-em); it
       becomes 3. A mask with both is BraTS 2024's, where 4 is the resection cavity (nnU-Net ``Dataset226``), and is
       refused.

@@ -30,6 +30,7 @@ def find(source: Path, rater: str = "radiologist") -> Layout:
     masks of 2023, ``1_1.nii``, beside those pictures; the repackaging ``1_or_data/{image,mask}/N.PNG`` (637 pairs).
 
     Quirks of the XML (xuao575/DDTI_preprocessing, Dezarti/nodulos_tiroideos):
+
     - A ``mark`` holds ``image`` and ``svg``, or several of them in a row, which are paired in order; ``svg`` is JSON, a
       list of objects, each of which is one outline; other keys are ignored.
     - An absent, empty or broken ``svg``, and an outline of fewer than three points, are passed over; a picture
@@ -41,6 +42,7 @@ def find(source: Path, rater: str = "radiologist") -> Layout:
     - Two scans may share a screen, and borders be black: pictures are kept as they are.
 
     Quirks of the others:
+
     - The masks of 2023 are int16, x first (560 x 360 x 1): transposed. Raters differ by folder: ``rater`` chooses.
     - The repackaging has masks of 0/1 or 0/255, which are cut above 0, JPEG ones above 127; its ``category.csv`` is
       forged (its own readme) and not read; patients are lost, and halves of one screen may fall into different splits.
@@ -90,7 +92,7 @@ def _from_xml(pictures: dict[str, Path], outlines: list[Path]) -> Layout:
             stem = f"{path.stem}_{index}"
             picture = left.pop(stem, None)
             if picture is None:
-                notes.append(f"{path}: names {stem}, of which there is no picture.")
+                notes.append(f"{path}: names {stem}, but there is no such picture.")
             elif not polygons:
                 notes.append(f"{picture}: has no usable outline and is left out.")
             else:
@@ -116,7 +118,7 @@ def _outlines(root: Any, path: Path) -> dict[str, list[list[tuple[float, float]]
         for name, svg in zip(pictures, [*mark.findall("svg"), *[None] * len(pictures)]):
             inside(path.parent, f"{path.stem}_{name}")
             if not re.fullmatch(r"[0-9]{1,4}", name):
-                raise InputError(f"{path}: <image>{name[:50]}</image> is no number: correct it.")
+                raise InputError(f"{path}: <image>{name[:50]}</image> is not a number: correct it.")
             found.setdefault(name, []).extend(_polygons(svg.text if svg is not None else None))
     return found
 

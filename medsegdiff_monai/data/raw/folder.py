@@ -18,7 +18,7 @@ from monai.data.utils import to_affine_nd
 
 from ...errors import InputError
 from ..dicom import is_dicom_file
-from ..names import stem_of
+from ..names import folded, safe_name, stem_of
 from ..pictures import PICTURES, is_turned, mask_values, stored_values
 from ..reading import IMAGE_SUFFIXES, NIFTI, files_below, load_image
 from ..rules import place_label, whole_numbers
@@ -66,17 +66,26 @@ def _index(folder: Path, notes: list[str]) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for path in files_below(folder):
         if path.name.lower().endswith(IMAGE_SUFFIXES):
-            image = path
+            image, stem = path, stem_of(path.name)
         elif is_dicom_file(path) and path.parent != folder:
-            image = path.parent
+            image, stem = path.parent, path.parent.name
         else:
             if path.suffix.lower() not in BESIDE:
-                notes.append(f"{path}: is of no kind that is read and is left out.")
+                notes.append(f"{path}: {_why_not(path, folder)} and is left out.")
             continue
-        name = image.relative_to(folder).with_name(stem_of(image.name) if image.is_file() else image.name).as_posix()
+        name = image.relative_to(folder).with_name(stem).as_posix()
         if found.setdefault(name, image) != image:
             raise InputError(f"{image}: has the same name as {found[name].name}: rename one of them.")
     return found
+
+
+def _why_not(path: Path, folder: Path) -> str:
+    """Why a file is no image of a folder of images or labels."""
+    if path.is_symlink() and not path.exists():
+        return "is a link to what is not there"
+    if is_dicom_file(path):
+        return f"is a slice that lies in {folder.name}/ itself (give each series a folder there)"
+    return "has no supported format"
 
 
 def find(source: Path, patient_pattern: str | None = None, raters: str | None = None) -> Layout:
@@ -112,11 +121,17 @@ def find(source: Path, patient_pattern: str | None = None, raters: str | None = 
         raise InputError(f"raters={raters!r} must be channels or bits, where each file in labels/ has several raters.")
     folders, notes = _folders(source, raters), list[str]()
     images = _index(source / "images", notes)
-    labels = {name: _matched(_index(source / name, notes), images, notes) for name in folders}
-    labelled = {name: path for found in labels.values() for name, path in found.items()}
+    found = {name: _index(source / name, notes) for name in folders}
+    labels = {name: _matched(one, images, notes) for name, one in found.items()}
+    labelled = {name: path for one in labels.values() for name, path in one.items()}
     if not labelled:
-        raise InputError(_nothing_matches(source, images, folders))
+        raise InputError(
+            _nothing_matches(source, images, {n: p for one in found.values() for n, p in one.items()}, folders)
+        )
     _check_names(images)
+    others = sorted({path.name for path in source.iterdir() if path.name[0] != "."} - {"images", *folders})
+    if others:
+        notes.append(f"{source}: {', '.join(others[:SHOWN])} beside images/ and labels/ are left out.")
     notes += _left_over(images, labelled)
     how = Reading(raters, *_survey(labels, raters))
     cases = []
@@ -135,7 +150,8 @@ def _folders(source: Path, raters: str | None) -> list[str]:
     folders = [name for name in ("labels", *sorted(numbered, key=numbered.__getitem__)) if (source / name).is_dir()]
     for name, is_there in (("images", (source / "images").is_dir()), ("labels", bool(folders))):
         if not is_there:
-            raise InputError(f"{source}: has no folder {name}/: give a folder that holds images/ and labels/.")
+            held = ", ".join(sorted(path.name for path in source.iterdir())[:SHOWN]) or "nothing"
+            raise InputError(f"{source}: has no folder {name}/ but {held}: give one that holds images/ and labels/.")
     if raters is not None and folders != ["labels"]:
         raise InputError(
             f"{source}: raters={raters!r} reads all raters from the files in labels/, but there is {folders[-1]}/: "
@@ -147,7 +163,7 @@ def _folders(source: Path, raters: str | None) -> list[str]:
 def _core(name: str) -> str:
     """A name without what people add to it."""
     folder, _, stem = name.rpartition("/")
-    return f"{folder}/{AFFIXES.sub('', stem)}".casefold()
+    return folded(f"{folder}/{AFFIXES.sub('', stem)}")
 
 
 def _matched(labels: Mapping[str, Path], images: Mapping[str, Path], notes: list[str]) -> dict[str, Path]:
@@ -175,19 +191,27 @@ def _matched(labels: Mapping[str, Path], images: Mapping[str, Path], notes: list
     return found
 
 
-def _nothing_matches(source: Path, images: Mapping[str, Path], folders: Iterable[str]) -> str:
+def _nothing_matches(
+    source: Path, images: Mapping[str, Path], labels: Mapping[str, Path], folders: Iterable[str]
+) -> str:
     names = []
     for folder in ("images", *folders):
         file = next(iter(files_below(source / folder)), None)
         names.append(f"{folder}/ holds {'nothing' if file is None else file.name}")
-    remedy = "name them alike" if images else f"save them as {', '.join(IMAGE_SUFFIXES)} or a folder of DICOM each"
+    kinds = f"save them as {', '.join(IMAGE_SUFFIXES)}, or as a folder of DICOM each"
+    remedy = "name them alike" if images and labels else kinds
     return f"{source}: no image has a label of the same name ({', '.join(names)}): {remedy}."
+
+
+def _plain(name: str) -> str:
+    """The name of a case in the output, of its path in the source."""
+    return safe_name(name.replace("/", "__"))
 
 
 def _check_names(images: Mapping[str, Path]) -> None:
     """Refuse names that would be one in the output."""
-    counts = Counter(name.replace("/", "__").casefold() for name in images)
-    twice = [path for name, path in images.items() if counts[name.replace("/", "__").casefold()] > 1]
+    counts = Counter(folded(_plain(name)) for name in images)
+    twice = [path for name, path in images.items() if counts[folded(_plain(name))] > 1]
     if twice:
         raise InputError(f"{twice[0]}: would have the same name as {twice[1]} in the output: rename one of them.")
 
@@ -231,7 +255,7 @@ def _survey(labels: Mapping[str, Mapping[str, Path]], raters: str | None) -> tup
 
 
 def _case(name: str, image: Path, masks: Mapping[str, Path], patient: str, how: Reading) -> Case:
-    plain = name.replace("/", "__")
+    plain = _plain(name)
     folders = " ".join(masks) if set(masks) - {"labels"} else ""
     recipe = " ".join(part for part in (folders, how.recipe) if part)
     convert = partial(_convert, name=plain, image=image, masks=masks, how=how)
@@ -240,7 +264,7 @@ def _case(name: str, image: Path, masks: Mapping[str, Path], patient: str, how: 
 
 def _patient(name: str, pattern: str | None) -> str:
     if pattern is None:
-        return name
+        return name.encode("utf-8", "replace").decode()  # a name may have bytes that are no text
     try:
         found = re.search(pattern, name)
         patient = found[1] if found else None
@@ -261,6 +285,8 @@ def _convert(files: CaseFiles, name: str, image: Path, masks: Mapping[str, Path]
     else:
         item["image"] = files.nifti(volume.numpy(), to_affine_nd(3, volume.affine).numpy(), f"images/{name}.nii.gz")
     for folder, path in masks.items():
+        if os.path.realpath(path) == os.path.realpath(image):
+            raise InputError(f"{path}: is the image itself: put its mask there.")
         maps, affine, _ = _read_label(path, how.raters, volume)
         size = tuple(volume.shape[:0:-1]) if affine is None else volume.shape[1:]  # a picture has its rows first
         if maps.shape[1:] == size[::-1] != size and affine is None and is_turned(image):

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ...cases import nifti_bytes
 from ...errors import InputError
 from ...files import write_atomically
+from ...nifti import nifti_bytes
 
 __all__ = ["Case", "CaseFiles", "Layout", "same_size"]
 

@@ -214,6 +214,6 @@ def _numbering_note(masks: Sequence[MaskTraits]) -> tuple[str, ...]:
     if not numbered or len(counts) < 3 or max(counts) < 4:
         return ()
     return (
-        f"the masks hold the labels 1 to {max(counts)}, fewer in some: if they number objects, which are no classes, "
+        f"the masks hold the labels 1 to {max(counts)}, fewer in some: if they number objects, not classes, "
         "save 1 for all of them.",
     )

@@ -58,7 +58,7 @@ def prepare(kind: str, source: str, output: str, seed: int = 0, workers: int | N
     find = _kind(kind, options)
     raw, target = Path(source), Path(output)
     if not raw.is_dir():
-        raise InputError(f"source={str(source)!r} is no folder: give the unpacked download.")
+        raise InputError(f"source={str(source)!r} is not a folder: give the unpacked download.")
     if target.resolve().is_relative_to(raw.resolve()):
         raise InputError(f"output={str(output)!r} lies in the source, which is never altered: give another folder.")
     layout = find(raw, **options)
@@ -84,7 +84,7 @@ def prepare(kind: str, source: str, output: str, seed: int = 0, workers: int | N
 
 def _kind(kind: str, options: dict[str, Any]) -> Callable[..., Layout]:
     if kind not in KINDS:
-        raise InputError(f"{kind!r} is no kind of data set: give one of {', '.join(KINDS)}.")
+        raise InputError(f"{kind!r} is not a kind of data set: give one of {', '.join(KINDS)}.")
     known = [name for name in inspect.signature(KINDS[kind]).parameters if name != "source"]
     for name in options:
         if name not in known:
@@ -101,7 +101,7 @@ def _stamp(output: Path, made_of: dict[str, Any]) -> None:
                 f"{output}: was prepared from another source or with other options: give another --output."
             )
     elif output.is_dir() and any(output.iterdir()):
-        raise InputError(f"{output}: is not empty and not of an earlier run: give another --output.")
+        raise InputError(f"{output}: is not empty and not from an earlier run: give another --output.")
     write_atomically(file, json.dumps(made_of).encode())
 
 

@@ -59,6 +59,7 @@ def find(source: Path, crop_disc: bool | str = False) -> Layout:
     kept); the Kaggle repackaging ``{train,val,test}/{images,mask}``.
 
     Quirks:
+
     - Masks hold 0 = cup, 128 = rim, 255 = background (refuge.grand-challenge.org/Details), as BMP or PNG, grey,
       palette or RGB; they are read as grey with the thresholds 64 and 192.
     - Masks are found by stem, at any depth: test masks may lie under ``G/`` and ``N/`` or flat

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,19 +21,21 @@ class TrainingReport:
     """Write ``training_report.md`` and ``training_report.png``, after each validation and in the end.
 
     Curves, best epoch, scores there and at last, time and what of it was spent waiting for data, and settings: of a
-    training that is finished, stopped early or interrupted alike. Attach to the trainer, after
-    :class:`TrainingHistory`, whose file is read.
+    training that is finished, stopped early or interrupted alike. Attach to the trainer (:mod:`.order`).
 
     Args:
         output_dir: folder to write to.
         validator: engine whose key metric decides which epoch is the best.
-        settings: config variables to list.
+        settings: values of the config variables, by name.
+        facts: what else to list, before them.
     """
 
-    def __init__(self, output_dir: str, validator: Engine, settings: Mapping[str, Any]) -> None:
+    def __init__(
+        self, output_dir: str, validator: Engine, settings: Mapping[str, Any], facts: Mapping[str, Any] | None = None
+    ) -> None:
         self.output_dir = Path(output_dir)
         self.validator: Any = validator  # MONAI's workflows add to its state
-        self.settings = settings
+        self.settings = {**(facts or {}), **settings}
 
     def attach(self, engine: Engine) -> None:
         """Attach to a trainer."""
@@ -41,7 +44,7 @@ class TrainingReport:
 
     def _validated(self, engine: Engine) -> None:
         if self.validator.state.epoch == engine.state.epoch:
-            self._write(engine, "training goes on")
+            self._write(engine, "training continues")
 
     def _finish(self, engine: Engine) -> None:
         self._write(engine, "stopped early" if engine.state.epoch < (engine.state.max_epochs or 0) else "finished")
@@ -84,7 +87,7 @@ class TrainingReport:
         return lines + [f"| {n} | {best.get(n, float('nan')):.4f} | {last[n]:.4f} |" for n in metric_names([last])]
 
     def _settings(self) -> list[str]:
-        return ["| setting | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in self.settings.items())]
+        return ["| setting | value |", "|---|---|", *(f"| {name} | {_cell(v)} |" for name, v in self.settings.items())]
 
     def _picture(self, rows: Rows) -> bytes:
         from matplotlib.figure import Figure
@@ -99,6 +102,12 @@ class TrainingReport:
         picture = io.BytesIO()
         figure.savefig(picture, format="png", dpi=120)
         return picture.getvalue()
+
+
+def _cell(value: Any) -> str:
+    """A value in a table of Markdown, in the notation of an overlay."""
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    return text.replace("|", "\\|")
 
 
 def _clock(seconds: float) -> str:

@@ -1,0 +1,124 @@
+"""Write the parts of README and pages that are made of results and code: ``python -m docs.blocks``.
+
+Such a part stands between ``<!-- written: NAME -->`` and ``<!-- end -->``. A test compares it with what this module
+makes of the results, so that no figure in a page is typed by hand.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.results import current, digest, spread
+from medsegdiff_monai.variables import table
+
+ROOT = Path(__file__).parents[1]
+PAGES = ("README.md", "docs/settings.md", "docs/model_card.md")
+BLOCK = re.compile(r"(<!-- written: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+AMBIGUITY = {"size": 64, "seconds": 300, "split": "test"}
+OPPONENTS = {
+    "ours": "this bundle",
+    "SSN": "SSN",
+    "five UNets": "five U-Nets",
+    "Probabilistic U-Net": "Probabilistic U-Net",
+    "MONAI UNet": "one U-Net",
+}
+SPREAD = {
+    "ged": "generalised energy distance ↓",
+    "matched_iou": "matched IoU ↑",
+    "dice": "Dice of the mean ↑",
+    "ece_band": "calibration error near the contours ↓",
+}
+TASKS = {  # data and seconds of training
+    ("LGG_MRI", 120): "brain tumour, LGG MRI, 2D",
+    ("DRISHTI_roi", 120): "optic disc and cup, DRISHTI, 2D",
+    ("TG3K_thyroid", 120): "thyroid gland, TG3K ultrasound, 2D",
+    ("Hippocampus3D", 2700): "hippocampus, MR, 3D",
+}
+METHODS = ("+ FF-Parser", "plain DPM", "MONAI UNet")
+SHIPPED = {
+    "dice": ("Dice", 3),
+    "iou": ("IoU", 3),
+    "hd95": ("95th percentile of the surface distance, mm", 1),
+    "ece": ("calibration error, all voxels", 4),
+    "ece_band": ("calibration error near the contours", 3),
+    "auroc": ("AUROC of the entropy for wrong voxels near the contours", 3),
+}
+
+
+def _runs(name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (ROOT / "benchmarks" / name).read_text(encoding="utf-8").splitlines()]
+
+
+def _table(rows: Iterable[Iterable[str]]) -> str:
+    head, *body = (list(row) for row in rows)
+    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *body])
+
+
+def ambiguity() -> str:
+    """How near sets of masks are to those of four radiologists."""
+    runs = [run for run in _runs("ambiguity.jsonl") if AMBIGUITY.items() <= run.items()]
+    by_method = {method: [run for run in runs if run["method"] == method] for method in OPPONENTS}
+    rows = [["", *OPPONENTS.values()]]
+    rows += [[text, *(spread(run[key] for run in some) for some in by_method.values())] for key, text in SPREAD.items()]
+    ours = by_method["ours"]
+    told = f"{ours[0]['cases']} test slices of {ours[0]['size']}×{ours[0]['size']}, {ours[0]['members']} masks each"
+    return f"{_table(rows)}\n\n{told}; {len(ours)} seed{'s' if len(ours) > 1 else ''}."
+
+
+def accuracy() -> str:
+    """Mean Dice on each data set."""
+    runs = current(_runs("results.jsonl"))
+    rows = [["mean Dice", "training", "this bundle", "plain diffusion", "MONAI U-Net"]]
+    for (data, seconds), text in TASKS.items():
+        same = [run for run in runs if (run["data"], run["seconds"]) == (data, seconds)]
+        scores = [spread(_mean_dice(run) for run in same if run["method"] == method) for method in METHODS]
+        rows.append([text, f"{seconds // 60} min", *scores])
+    return _table(rows)
+
+
+def _mean_dice(run: dict[str, Any]) -> float:
+    return statistics.mean(run["dice"])
+
+
+def shipped() -> str:
+    """Scores of the weights in the repository."""
+    runs = _runs("results.jsonl")
+    last = [run for run in runs if run["method"] == "shipped"][-1]
+    rows = [["", "anterior", "posterior"]]
+    rows += [[text, *(f"{v:.{digits}f}" for v in last[key])] for key, (text, digits) in SHIPPED.items() if key in last]
+    told = f"{last['cases']} validation cases, {last['passes']} passes for each; measured on {last['date']}."
+    return f"{_table(rows)}\n\n{told}\nsha256 of `bundle/models/model.pt`: `{digest(runs)}`."
+
+
+def settings() -> str:
+    """All variables of the configs."""
+    return table(ROOT / "bundle")
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    "ambiguity": ambiguity,
+    "accuracy": accuracy,
+    "shipped": shipped,
+    "settings": settings,
+}
+
+
+def fill(text: str) -> str:
+    """Return a page with its blocks as they should be."""
+    return BLOCK.sub(lambda match: f"{match[1]}{BLOCKS[match[2]]()}\n{match[3]}", text)
+
+
+def main() -> None:
+    """Write all blocks."""
+    for page in (ROOT / name for name in PAGES):
+        page.write_text(fill(page.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
