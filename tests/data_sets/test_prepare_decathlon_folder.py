@@ -44,11 +44,7 @@ def test_official_validation_and_patients_are_kept(tmp_path, run):
 
 @pytest.mark.parametrize(
     ("path", "message"),
-    [
-        ("/etc/passwd", "has no supported format"),
-        ("imagesTr/../../../x.nii", "no such file"),
-        ("a\0b", "no file name"),
-    ],
+    [("/etc/passwd", "has no supported format"), ("imagesTr/../../../x.nii", "no such file"), ("a\0b", "no file name")],
 )
 def test_what_is_no_label_map(tmp_path, run, path, message):
     folder = raw.decathlon(tmp_path / "raw")
