@@ -69,7 +69,7 @@ def test_a_network_in_training_is_so_again_afterwards() -> None:
 
 
 def test_dropout_without_dropout_is_refused() -> None:
-    with pytest.raises(InputError, match="drops nothing"):
+    with pytest.raises(InputError, match="no active dropout"):
         EnsembleInferer(Dropout(2), (16, 12))(IMAGE, unet())
 
 

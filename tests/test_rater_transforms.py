@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from collections import Counter
 from itertools import combinations
+from pathlib import Path
 from types import SimpleNamespace
 
 import nibabel as nib
@@ -58,6 +60,13 @@ def write_raters(folder, kind, case, shifts):
     return names
 
 
+def again(folder, item):
+    """The same case in another folder, as no image may be in two lists."""
+    (folder / "again").mkdir(exist_ok=True)
+    image = shutil.copy(folder / item["image"], folder / "again")
+    return {**item, "image": str(Path(image).relative_to(folder))}
+
+
 @pytest.fixture(scope="module", params=list(KINDS))
 def rated(request, tmp_path_factory):
     """Six cases: four raters and a label, four raters, two, one, a label, and one to validate on with three."""
@@ -73,7 +82,7 @@ def rated(request, tmp_path_factory):
             items[case]["labels"] = write_raters(folder, request.param, case, shifts)
         if case in (1, 2, 3, 5):
             del items[case]["label"]
-    lists = {"training": items[:5], "validation": [items[5], items[0], items[3], items[4]]}
+    lists = {"training": items[:5], "validation": [items[5], *(again(folder, items[i]) for i in (0, 3, 4))]}
     (folder / "dataset.json").write_text(json.dumps(lists))
     return SimpleNamespace(kind=request.param, folder=folder, settings=KINDS[request.param][0])
 
