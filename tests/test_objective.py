@@ -285,9 +285,7 @@ def test_no_validation_of_single_masks_is_the_best_of_a_training(tmp_path):
     """However good its Dice is, later weights replace it; patience does not run out before sets of masks begin."""
     dice = [0.1, 0.9, 0.2, 0.3, 0.5, 0.4]
     network = torch.nn.Linear(1, 1)
-    data, metric = [(0, 0)], "val_mean_dice"
-    validator = Evaluator("cpu", data, epoch_length=1, key_val_metric=None)
-    validator.state.key_metric_name = metric
+    validator = Evaluator("cpu", [0], epoch_length=1)
 
     def validate(engine):
         state = validator.state
