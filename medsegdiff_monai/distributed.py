@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .errors import InputError
 
-__all__ = ["data_parallel", "gather", "is_main", "join", "local_device"]
+__all__ = ["data_parallel", "gather", "is_main", "join", "local_device", "share"]
 
 T = TypeVar("T")
 
@@ -80,6 +80,15 @@ def data_parallel(network: nn.Module, device: torch.device | str) -> Distributed
     on_gpu = torch.device(device).type == "cuda"
     ids = [torch.cuda.current_device()] if on_gpu else None
     return DistributedDataParallel(network, device_ids=ids, broadcast_buffers=False)
+
+
+def share(items: Sequence[T]) -> list[T]:
+    """Return this process's share of the first process's list, dealt out one by one; all of it where there is one."""
+    if not dist.is_initialized():
+        return list(items)
+    dealt = [list(items)]
+    dist.broadcast_object_list(dealt)
+    return dealt[0][dist.get_rank() :: dist.get_world_size()]
 
 
 def gather(items: Sequence[T]) -> list[T]:

@@ -18,7 +18,7 @@ import nibabel as nib
 from .files import append, write_atomically
 from .outputs import output_files, result_file
 
-__all__ = ["CaseJournal", "csv_bytes", "file_stamps", "is_whole"]
+__all__ = ["CaseJournal", "JournalPart", "csv_bytes", "file_stamps", "is_whole"]
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +58,8 @@ class CaseJournal:
     ``cases.jsonl`` has a line for each case as it was finished, the last one counts. ``cases.csv`` is written from it
     and never read, so that a spreadsheet can do what it likes to it: a table that was changed is set aside.
 
+    Of several processes, the others keep their cases in ``cases.part<n>.jsonl`` until the first one takes them over.
+
     Args:
         output_dir: folder of the results.
     """
@@ -68,17 +70,12 @@ class CaseJournal:
         self._whole = False  # whether both files hold what this object does
         self._take(self._read())
 
+    @property
+    def _parts(self) -> list[Path]:
+        return sorted(self.file.parent.glob("cases.part*.jsonl"))
+
     def _read(self) -> list[dict[str, Any]]:
-        if not self.file.is_file():
-            return []
-        lines = []
-        for text in self.file.read_bytes().decode("utf-8", "replace").splitlines():
-            try:
-                line = json.loads(text)
-                lines += [line] if isinstance(line["case"], str) and isinstance(line["row"], dict) else []
-            except (ValueError, KeyError, TypeError):  # half a line, of a run that was killed
-                continue
-        return lines
+        return [line for file in (self.file, *self._parts) for line in _read_lines(file)]
 
     def _take(self, lines: list[dict[str, Any]]) -> None:
         self._lines = lines
@@ -93,12 +90,13 @@ class CaseJournal:
         """
         if self.table.is_file():
             content = self.table.read_bytes()
+            own = _read_lines(self.file)
             # the last line is in the table or not yet, where a run was killed in between
-            if not any(_table(lines).startswith(content) for lines in (self._lines, self._lines[:-1])):
+            if not any(_table(lines).startswith(content) for lines in (own, own[:-1])):
                 self._set_aside()
         self._take(self._lines if merge else [])
-        if self._lines and not self.table.is_file():
-            self.write()
+        if self._parts or (self._lines and not self.table.is_file()):
+            self._write_all()
 
     def _set_aside(self) -> None:
         number = 1
@@ -162,10 +160,18 @@ class CaseJournal:
         write_atomically(self.table, _table(self._lines))
         self._whole = True
 
-    def replace(self, lines: Iterable[dict[str, Any]]) -> None:
-        """Take these lines, of which each has ``case`` and ``row``, in place of all others, and write them."""
-        self._take(list(lines))
+    def take_over(self, cases: Iterable[str]) -> None:
+        """Take over what other processes have finished, these cases last and in this order."""
+        entries = {line["case"]: line for line in self._read()}
+        last = dict.fromkeys(cases)
+        self._take([*(line for case, line in entries.items() if case not in last), *(entries[case] for case in last)])
+        self._write_all()
+
+    def _write_all(self) -> None:
+        """Write both files anew; what other processes have left is in them now."""
         self.write()
+        for part in self._parts:
+            part.unlink()
 
     def why_not_finished(
         self, case: str, image: str | Sequence[str], settings: Mapping[str, Any], outputs: Sequence[str]
@@ -198,6 +204,20 @@ class CaseJournal:
         return f"a missing file ({', '.join(missing)})" if missing else None
 
 
+def _read_lines(file: Path) -> list[dict[str, Any]]:
+    """The lines of a journal; those that a killed run has left half written are no lines."""
+    if not file.is_file():
+        return []
+    lines = []
+    for text in file.read_bytes().decode("utf-8", "replace").splitlines():
+        try:
+            line = json.loads(text)
+            lines += [line] if isinstance(line["case"], str) and isinstance(line["row"], dict) else []
+        except (ValueError, KeyError, TypeError):
+            continue
+    return lines
+
+
 def _json_line(line: Mapping[str, Any]) -> bytes:
     return json.dumps(line).encode() + b"\n"
 
@@ -207,6 +227,27 @@ def _table(lines: Sequence[Mapping[str, Any]]) -> bytes:
     rows = {line["case"]: line["row"] for line in lines}
     columns = dict.fromkeys(key for line in lines for key in line["row"])
     return csv_bytes(list(rows.values()), columns) if rows else b""
+
+
+class JournalPart(CaseJournal):
+    """The journal of another process than the first: no table, and no line of earlier runs.
+
+    Args:
+        output_dir: folder of the results.
+        rank: number of the process.
+    """
+
+    def __init__(self, output_dir: str | Path, rank: int) -> None:
+        super().__init__(output_dir)
+        self.file = self.file.with_name(f"cases.part{rank}.jsonl")
+
+    def open(self, merge: bool) -> None:
+        """Begin to write; the first process has taken over what was there."""
+        self._take(self._lines if merge else [])
+
+    def _add(self, line: dict[str, Any]) -> None:
+        self.entries[line["case"]] = line
+        append(self.file, _json_line(line))
 
 
 def csv_bytes(rows: Sequence[Mapping[str, Any]], columns: Iterable[str]) -> bytes:

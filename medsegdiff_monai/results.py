@@ -19,7 +19,7 @@ from .cases import CaseResult, named_regions
 from .distributed import gather, is_main
 from .files import replacing, write_atomically
 from .grading import ReliabilityCounts
-from .journal import CaseJournal, csv_bytes
+from .journal import CaseJournal, JournalPart, csv_bytes
 from .networks import TrainingRecord
 from .outputs import FILES, OUTPUTS, check_outputs, output_files, result_file
 from .report.page import write_report
@@ -42,8 +42,9 @@ class CaseWriter:
     ``overlay`` ``_overlay.png``. A row in ``<output_dir>/cases.csv`` has the grade of the case (``flag``, expected
     Dice), members, sizes, uncertainty and seconds, and scores where there is a label (:mod:`medsegdiff_monai.rows`);
     ``structures.csv`` has a row for each connected component (:mod:`medsegdiff_monai.structures`). In the end the log
-    sums up, and ``report.html`` shows all of it. Of several processes each writes the files of its cases; the first one
-    writes the tables, its own rows at once, all in the end. Meanwhile no other run writes to ``output_dir``.
+    sums up, and ``report.html`` shows all of it. Of several processes each writes the files of its cases, and notes
+    them in a journal of its own; the first one writes the tables, its own rows at once, all in the end. Meanwhile no
+    other run writes to ``output_dir``.
 
     Args:
         output_dir: folder to write to.
@@ -104,6 +105,10 @@ class CaseWriter:
         if is_main():
             self.journal = CaseJournal(self.output_dir)  # as it is now
             self.journal.open(self.merge)
+        idist.barrier()
+        if not is_main():
+            self.journal = JournalPart(self.output_dir, idist.get_rank())
+            self.journal.open(self.merge)
 
     def _begin(self, engine: Engine) -> None:
         self._began = time.perf_counter()
@@ -121,8 +126,8 @@ class CaseWriter:
             counts.counts = torch.as_tensor(idist.all_reduce(counts.counts))
         if not is_main():
             return
-        if not {line["case"] for line in self._fresh} <= self.journal.entries.keys():  # other processes have some
-            self.journal.replace(self._fresh)
+        if idist.get_world_size() > 1:
+            self.journal.take_over(line["case"] for line in self._fresh)
         entries, names = self.journal.entries.values(), self.regions.names
         rows = [entry["row"] for entry in entries]
         found = [{"case": entry["case"], **one} for entry in entries for one in entry.get("structures", [])]
@@ -152,13 +157,11 @@ class CaseWriter:
         row = {**result.row(self.tolerance), "seconds": round(seconds, 3)}
         self._count(result)
         found = result.structures()
-        if is_main():
-            self.journal.begin(result.name)
+        self.journal.begin(result.name)
         files = self._write_files(result, row)
         self._remove_others(result.name)
         self._fresh.append({"case": result.name, "row": row, "structures": found})
-        if is_main():
-            self.journal.add(result.name, row, files, json.loads(result.item.get("made_from", "null")), found)
+        self.journal.add(result.name, row, files, json.loads(result.item.get("made_from", "null")), found)
 
     def _count(self, result: CaseResult) -> None:
         """Count the probabilities near the contours."""

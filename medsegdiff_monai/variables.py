@@ -177,7 +177,7 @@ _DECLARED = [
         "timeout_minutes",
         Number(above=0, high=100_000),
         "how long a process waits for the others",
-        ("multi_gpu_train", "multi_gpu_evaluate"),
+        ("multi_gpu_train", "multi_gpu_evaluate", "multi_gpu_inference"),
     ),
 ]
 

@@ -1,4 +1,4 @@
-"""Two processes: the overlays multi_gpu_train.json and multi_gpu_evaluate.json, on CPUs."""
+"""Several processes: the overlays multi_gpu_train.json, _evaluate.json and _inference.json, on CPUs."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def free_port() -> str:
         return str(s.getsockname()[1])
 
 
-def one_process(rank: int, port: str, log: Path, files: list[str], settings: dict) -> None:
+def one_process(rank: int, processes: int, port: str, log: Path, files: list[str], settings: dict) -> None:
     os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(PROCESSES), MASTER_ADDR="127.0.0.1", MASTER_PORT=port
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1", MASTER_PORT=port
     )
     for logger in (logging.root, *logging.root.manager.loggerDict.values()):
         if isinstance(logger, logging.Logger):  # those of pytest, and of runs before this one
@@ -62,15 +62,17 @@ def one_process(rank: int, port: str, log: Path, files: list[str], settings: dic
 
 @pytest.fixture
 def together(tmp_path):
-    """Run a config with its overlay in two processes; returns their exit codes and what each wrote to its log."""
+    """Run a config with its overlay in several processes; returns their exit codes and what each wrote to its log."""
 
-    def call(config: str, *overlays: Path, timeout: float = 120, **variables) -> tuple[list[int | None], list[str]]:
+    def call(
+        config: str, *overlays: Path, timeout: float = 120, number: int = PROCESSES, **variables
+    ) -> tuple[list[int | None], list[str]]:
         files = [str(CONFIGS / f"{config}.json"), str(CONFIGS / f"multi_gpu_{config}.json"), *map(str, overlays)]
         settings = {**TINY, **PICTURE_SETTINGS, "bundle_root": str(ROOT / "bundle"), "device": "cpu", **variables}
         settings = {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()}
         port, fork = free_port(), multiprocessing.get_context("fork")  # forked, they need not import torch and MONAI
-        arguments = (port, tmp_path, files, settings)
-        processes = [fork.Process(target=one_process, args=(rank, *arguments)) for rank in range(PROCESSES)]
+        arguments = (number, port, tmp_path, files, settings)
+        processes = [fork.Process(target=one_process, args=(rank, *arguments)) for rank in range(number)]
         for process in processes:
             process.start()
         end = time.monotonic() + timeout
@@ -79,7 +81,7 @@ def together(tmp_path):
         codes = [process.exitcode for process in processes]
         for process in processes:
             process.kill()
-        return codes, [(tmp_path / f"rank{rank}.log").read_text() for rank in range(PROCESSES)]
+        return codes, [(tmp_path / f"rank{rank}.log").read_text() for rank in range(number)]
 
     return call
 
@@ -212,6 +214,65 @@ def test_more_processes_than_cases_are_refused(together, pictures, tmp_path):
     codes, logs = together("evaluate", dataset_dir=pictures, output_dir=tmp_path / "out", ckpt_dir=tmp_path)
     assert 0 not in codes
     assert "1 cases to evaluate for 2 processes" in logs[0]
+
+
+@pytest.fixture(scope="module")
+def seven(tmp_path_factory):
+    """Seven pictures, and random weights for them."""
+    folder = make_png_dataset(tmp_path_factory.mktemp("seven"), (16, 16), cases=7)
+    write_json(folder, test=[{"image": f"image_{i}.png"} for i in range(7)])
+    parser = ConfigParser()
+    parser.read_config(str(CONFIGS / "inference.json"))
+    parser.update({**TINY, **PICTURE_SETTINGS, "bundle_root": str(ROOT / "bundle")})
+    torch.save(parser.get_parsed_content("network_def").state_dict(), folder / "model.pt")
+    return folder
+
+
+def results(folder: Path) -> tuple[list[dict[str, str]], dict[str, bytes]]:
+    """The rows of the table without times, and the masks and probabilities."""
+    rows = [{k: v for k, v in row.items() if k != "seconds"} for row in table(folder / "cases.csv")]
+    return rows, {path.name: path.read_bytes() for path in folder.rglob("*.nii.gz")}
+
+
+@pytest.mark.parametrize("number", [2, 4])
+def test_processes_share_the_cases_of_inference(number, together, seven, tmp_path):
+    """Each case once, as one process segments them; a second run has nothing left to do."""
+    settings = {"dataset_dir": seven, "checkpoint": seven / "model.pt"}
+    parser = ConfigParser()
+    parser.read_config(str(CONFIGS / "inference.json"))
+    alone = {**TINY, **PICTURE_SETTINGS, "bundle_root": str(ROOT / "bundle"), "device": "cpu"}
+    alone = {k: v for k, v in alone.items() if k in parser}
+    run("inference", config_file=str(CONFIGS / "inference.json"), logging_file=False, **alone,
+        **{k: str(v) for k, v in settings.items()}, output_dir=str(tmp_path / "one"))  # fmt: skip
+    several = {**settings, "output_dir": tmp_path / "several"}
+    codes, logs = together("inference", number=number, **several)
+    assert codes == [0] * number, logs
+    expected, found = results(tmp_path / "one"), results(tmp_path / "several")
+    assert found == expected and len(found[0]) == 7
+    assert not list((tmp_path / "several").glob("cases.part*"))
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "several").rglob("*.nii.gz")}
+    codes, logs = together("inference", number=number, **several)
+    assert codes == [0] * number and "7 of 7 cases are finished" in logs[0]
+    assert times == {path: path.stat().st_mtime_ns for path in times}
+
+
+def test_cases_of_a_process_that_was_killed_are_kept(together, seven, tmp_path):
+    """The same command goes on, also with another number of processes: nothing twice, nothing missing."""
+    kill = {"_target_": "tests.distributed_parts.Accident", "name": "SIGKILL", "iteration": 3}
+    overlay = write_overlay(tmp_path / "overlay.json", **{"+handlers": [kill]})
+    settings = {"dataset_dir": seven, "checkpoint": seven / "model.pt", "output_dir": tmp_path / "out"}
+    codes, _ = together("inference", overlay, timeout_minutes=0.1, **settings)
+    assert codes[1] == -signal.SIGKILL and codes[0] != 0
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*_seg.nii.gz")}
+    assert list((tmp_path / "out").glob("cases.part1.jsonl"))
+    assert {"image_1", "image_3"} <= {path.parent.name for path in before}  # two of the second process's share
+    codes, logs = together("inference", number=3, **settings)
+    assert codes == [0, 0, 0], logs
+    rows, files = results(tmp_path / "out")
+    assert sorted(row["case"] for row in rows) == [f"image_{i}" for i in range(7)]
+    assert sum(name.endswith("_seg.nii.gz") for name in files) == 7
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert not list((tmp_path / "out").glob("cases.part*"))
 
 
 def test_process_that_hangs_ends_the_run_after_the_timeout(together, squares, tmp_path):

@@ -59,7 +59,7 @@ def test_variables_on_top_of_a_config_are_those_that_are_declared(name):
     assert set(keys[1:objects]) == {v.name for v in VARIABLES.values() if name in v.configs}
 
 
-@pytest.mark.parametrize("name", ["multi_gpu_train", "multi_gpu_evaluate"])
+@pytest.mark.parametrize("name", ["multi_gpu_train", "multi_gpu_evaluate", "multi_gpu_inference"])
 def test_overlays_for_several_processes_bring_one_more(name):
     declared = {variable.name for variable in VARIABLES.values() if name in variable.configs}
     assert declared == set(content(name)) - set(content(name.removeprefix("multi_gpu_"))) & set(VARIABLES)
@@ -97,8 +97,8 @@ def test_overlays_of_the_bundle_pass(overlay):
 
 
 def test_overlays_for_gpus_pass():
-    for name, overlay in (("train", "multi_gpu_train"), ("evaluate", "multi_gpu_evaluate")):
-        read(name, CONFIGS / f"{overlay}.json")
+    for name in NAMES:
+        read(name, CONFIGS / f"multi_gpu_{name}.json")
     read("inference", CONFIGS / "inference_trt.json")
 
 

@@ -16,6 +16,7 @@ from monai.data.utils import list_data_collate
 from monai.transforms import Compose
 from monai.utils import ensure_tuple
 
+from ..distributed import is_main, share
 from ..errors import InputError, reading
 from ..journal import CaseJournal, file_stamps
 from ..outputs import OUTPUTS, check_outputs
@@ -204,8 +205,9 @@ def inference_items(
 ) -> CaseList:
     """Return the cases to segment: those of a Decathlon folder, or all images below a plain folder.
 
-    Nothing is read yet (:class:`CaseDataset`). Finished cases are left out: those of which all that ``outputs`` asks
-    for is in ``output_dir``, made from this image with these weights and settings.
+    Of several processes, each gets its share. Nothing is read yet (:class:`CaseDataset`). Finished cases are left out:
+    those of which all that ``outputs`` asks for is in ``output_dir``, made from this image with these weights and
+    settings.
 
     Args:
         dataset_dir: Decathlon folder (``test``, else ``validation``) or a folder of images.
@@ -239,11 +241,11 @@ def inference_items(
         if reason is not None or as_bool(overwrite):
             todo.append(item)
             reasons[reason or ""] += 1
-    if len(todo) < len(items):
+    if len(todo) < len(items) and is_main():
         print(f"{len(items) - len(todo)} of {len(items)} cases are finished; --overwrite true segments them again.")
-    for reason in filter(None, reasons):
+    for reason in filter(None, reasons if is_main() else ()):
         print(f"{reasons[reason]} of {len(items)} cases are segmented again: their results are of {reason}.")
-    return CaseList(todo, made_with)
+    return CaseList(share(todo), made_with)
 
 
 def _free_name(item: Mapping[str, Any], journal: CaseJournal) -> str:
