@@ -281,6 +281,24 @@ def test_a_training_starts_with_single_masks(epochs, sizes):
     assert seen == sizes[epochs // 2 :]
 
 
+def test_a_training_that_goes_on_with_trained_weights_draws_sets_from_the_start():
+    """As of MONAI Label, which loads weights by a handler of its own; new layers have no record of a training."""
+    prepare = SegmentationDiffusionPrepareBatch(DDIMScheduler(), "ensemble", 3)
+    for trained, numbers in ((False, [1, 1, 3, 3]), (True, [3, 3, 3, 3])):
+        seen: list[int] = []
+        trainer = Engine(lambda engine, _, seen=seen: seen.append(prepare.num_members))
+        trainer.network = MedSegDiffUNet(2, 1, 1, channels=[2, 2], num_res_blocks=1, ff_size=4)
+        source = MedSegDiffUNet(2, 1, 1, channels=[2, 2], num_res_blocks=1, ff_size=4)
+        if trained:
+            source.record.set_names(["nodule"])
+        WarmStart(prepare).attach(trainer)
+        trainer.add_event_handler(
+            Events.STARTED, lambda engine, source=source: engine.network.load_state_dict(source.state_dict())
+        )
+        trainer.run([0], max_epochs=4)
+        assert seen == numbers
+
+
 def test_no_validation_of_single_masks_is_the_best_of_a_training(tmp_path):
     """However good its Dice is, later weights replace it; patience does not run out before sets of masks begin."""
     dice = [0.1, 0.9, 0.2, 0.3, 0.5, 0.4]

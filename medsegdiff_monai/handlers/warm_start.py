@@ -17,9 +17,12 @@ class WarmStart:
     Segmentation losses alone train a single mask (:func:`medsegdiff_monai.objective.ensemble_score`). That costs
     about half as much as a set of two, and what all masks of an image have in common is learned from more images.
 
-    Which part an epoch belongs to depends on its number and on the trainer's ``max_epochs`` alone. Members of a network
-    that has only seen single masks are copies of each other, so no validation of the first part stands as the best one
-    after the next has come: weights with a spread replace its weights, and patience begins with the second part.
+    Which part an epoch belongs to depends on its number and on the trainer's ``max_epochs``. A network that has been
+    trained before, and still has its record (as MONAI Label goes on with it), is past the first part.
+
+    Members of a network that has only seen single masks are copies of each other, so no validation of the first part
+    stands as the best one after the next has come: weights with a spread replace its weights, and patience begins with
+    the second part.
 
     Args:
         prepare_batch: draws the masks, for the trainer that this is attached to.
@@ -42,6 +45,11 @@ class WarmStart:
     def __call__(self, engine: Engine) -> None:
         """Set the number of masks for this epoch."""
         state: Any = engine.state
+        network = getattr(engine, "network", None)
+        record = getattr(getattr(network, "module", network), "record", None)  # within DistributedDataParallel
+        if record is not None and record.letters.any():
+            self.at(1.0)
+            return
         self.at(state.epoch / state.max_epochs)
         if self.validator is not None and (state.epoch - 1) / state.max_epochs <= self.share:
             self.validator.state.best_metric = self.validator.state.best_metric_epoch = -1
