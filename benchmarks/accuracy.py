@@ -5,6 +5,9 @@
 are of the shipped inference on the grid of the input: means over the cases that evaluation uses, but for those in which
 a score has no value.
 
+Where cases are slices of volumes, ``dice_volume`` is the Dice of whole volumes, beside ``dice``, that of slices.
+``dice_of_cases`` keeps the mean over classes for each case (or volume), for paired differences between methods.
+
 ``ece_band`` and ``auroc`` look at a class within ``BAND`` voxels of its contours, true and predicted: whether its
 probability is right there, and whether the entropy of that probability tells wrong voxels from right ones.
 """
@@ -15,6 +18,7 @@ import argparse
 import datetime
 import hashlib
 import json
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -43,13 +47,14 @@ from medsegdiff_monai.metrics import (
 )
 
 from .forward import parameters
-from .peers import CONFIGS, Peer, Training, finish, ours, start, train_in_turns, unet
+from .peers import CONFIGS, Peer, Training, finish, ours, segresnet, start, train_in_turns, unet
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results.jsonl"
 WORK = ROOT / "benchmarks" / "work" / "accuracy"
 METHODS: dict[str, tuple[Callable[[ConfigParser], Peer], str | Mapping[str, Any] | None]] = {
     "MONAI UNet": (unet, None),
+    "MONAI SegResNet": (segresnet, None),
     "plain DPM": (ours, "without_dynamic_conditioning"),
     "+ dynamic conditioning": (ours, "without_ff_parser"),
     "+ FF-Parser": (ours, None),
@@ -61,7 +66,19 @@ SETS: dict[str, tuple[str, dict[str, Any]]] = {
     "DRISHTI_roi": ("generic_2d", {"in_channels": 3, "regions": {"disc": [1, 2], "cup": [2]}, **SMALL}),
     "TG3K_thyroid": ("generic_2d", {"in_channels": 1, "num_classes": 1, **SMALL}),
     "Hippocampus3D": ("hippocampus", {}),
+    "ACDC_slices": (
+        "generic_2d",
+        {
+            "in_channels": 1,
+            "num_classes": 3,
+            "regions": {"right ventricle": [1], "myocardium": [2], "left ventricle": [3]},
+            "fit": "crop",
+            "roi_size": [128, 128],
+            "channels": [16, 32, 64, 96],
+        },
+    ),
 }
+SLICE = re.compile(r"_slice\d+$")  # what names of slices have beside that of their volume
 WORST = 3  # cases that are named
 BAND = 3  # voxels on both sides of a contour
 RATERS = {"disc": "raters_disc", "cup": "raters_cup"}  # maps of how many of four raters agree, in DRISHTI_roi
@@ -150,6 +167,7 @@ def evaluate(
     """Segment and score all cases: means over cases for each class, the worst cases, and the median time."""
     scores: dict[str, list[Any]] = {}
     times, cases = [], []
+    volumes: dict[str, Tensor] = {}
     for case in segment(parser, run):
         mask, truth = case.masks
         spacing = case.output["label"].pixdim.tolist() if mask.ndim == 5 else None
@@ -165,10 +183,22 @@ def evaluate(
         for metric, values in found.items():
             scores.setdefault(metric, []).append(values)
         times.append(case.seconds)
+        add_slice(volumes, SLICE.sub("", case.item["case"]), mask[0] > 0.5, truth[0] > 0.5)
         cases.append((round(statistics.mean(found["dice"]), 3), case.item["case"], round(float(truth.mean()), 4)))
     means = {metric: _mean(values) for metric, values in scores.items()}
+    by_volume = {name: (common / size).nan_to_num(1.0).tolist() for name, (common, size) in volumes.items()}
+    if len(by_volume) < len(cases):
+        means["dice_volume"] = _mean(list(by_volume.values()))
+    means["dice_of_cases"] = {name: round(statistics.mean(values), 4) for name, values in by_volume.items()}
     failed = {"below_half": sum(dice < 0.5 for dice, *_ in cases), "worst": sorted(cases)[:WORST]}
     return {**means, **failed, "cases": len(times), "seconds_per_image": round(statistics.median(times), 4)}
+
+
+def add_slice(volumes: dict[str, Tensor], name: str, mask: Tensor, truth: Tensor) -> None:
+    """Add what a slice (classes, *spatial) has in common with the truth, and the mean size of both, to its volume's."""
+    axes = tuple(range(1, mask.ndim))
+    sums = torch.stack([(mask & truth).sum(axes), (mask.sum(axes) + truth.sum(axes)) / 2]).double()
+    volumes[name] = volumes.get(name, torch.zeros_like(sums)) + sums
 
 
 def calibration(probability: Tensor, mask: Tensor, truth: Tensor) -> dict[str, list[float]]:

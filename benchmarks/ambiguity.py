@@ -4,7 +4,8 @@
 one thread, and scores ``MEMBERS`` masks of each test slice against the four radiologists'. It appends a line to
 ``benchmarks/ambiguity.jsonl`` for each run, and writes ``benchmarks/results/ambiguity.md`` and
 ``docs/figures/ambiguity.png`` from what is there. Runs that are there are not repeated; the weights stay in
-``--work_dir``, so that a line that is taken out is scored anew, without training.
+``--work_dir``, so that a line that is taken out is scored anew, without training. ``--shipped SECONDS`` scores the
+weights of the bundle instead, in all and by group of slices, on pictures of full size.
 
 ``DIR`` holds ``LIDC4``: pictures of 128x128 pixels, of which the centre is taken. All methods learn from the masks of
 all four radiologists, of the same batches (``benchmarks.lidc``), as ``benchmarks.peers`` trains.
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import hashlib
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -29,6 +31,7 @@ from monai.metrics import compute_dice
 from monai.utils import set_determinism
 from torch import Tensor, nn
 
+from medsegdiff_monai.inferers import ANTITHETIC
 from medsegdiff_monai.metrics import boundary_band, expected_calibration_error, iou_matrix, rater_scores
 
 from .accuracy import BAND, ROOT, append, is_known
@@ -155,7 +158,12 @@ def score(members: Tensor, raters: Tensor, drawn_together: int) -> tuple[dict[st
     return found, torch.stack([mean[band], agreement[band]])
 
 
-def evaluate(run: Callable[[Tensor, Tensor], Tensor], crops: Crops, drawn_together: int = 1) -> dict[str, Any]:
+def evaluate(
+    run: Callable[[Tensor, Tensor], Tensor],
+    crops: Crops,
+    drawn_together: int = 1,
+    groups: Mapping[str, Tensor] | None = None,
+) -> dict[str, Any]:
     """Score all slices: means over those that have a value, calibration over the bands of all, and the median time.
 
     Args:
@@ -163,6 +171,7 @@ def evaluate(run: Callable[[Tensor, Tensor], Tensor], crops: Crops, drawn_togeth
             bounds.
         crops: the slices.
         drawn_together: see :func:`score`.
+        groups: of slices, boolean (slices,), whose means are told, too.
     """
     rows, bands, times = [], [], []
     for image, raters in zip(crops.images, crops.raters):
@@ -173,10 +182,16 @@ def evaluate(run: Callable[[Tensor, Tensor], Tensor], crops: Crops, drawn_togeth
         found, band = score(members, raters, drawn_together)
         rows.append(found)
         bands.append(band)
-    table = torch.tensor([list(row.values()) for row in rows], dtype=torch.float64).nanmean(0)
+    table = torch.tensor([list(row.values()) for row in rows], dtype=torch.float64)
     near = torch.cat(bands, 1)[:, None]
+
+    def means(some: Tensor) -> dict[str, float]:
+        return {name: round(value, 5) for name, value in zip(rows[0], some.nanmean(0).tolist())}
+
+    by_group = {name: {"cases": int(of.sum()), **means(table[of])} for name, of in (groups or {}).items() if of.any()}
     return {
-        **{name: round(value, 5) for name, value in zip(rows[0], table.tolist())},
+        **means(table),
+        **({"groups": by_group} if by_group else {}),
         "ece_band": round(float(expected_calibration_error(*near)), 5),
         "members": len(members),
         "cases": len(crops),
@@ -229,6 +244,40 @@ def runs(name: str, seed: int, some: list[Part], crops: Crops, options: argparse
             yield {**known, **how, "passes": sum(part.peer.passes for part in some) * steps, **scores}
 
 
+def subgroups(crops: Crops) -> dict[str, Tensor]:
+    """Slices by the number of radiologists who marked a nodule, and by its mean area in their outlines, in pixels."""
+    areas = crops.raters.flatten(2).sum(2).float()
+    marked = (areas > 0).sum(1)
+    area = areas.sum(1) / marked.clamp(min=1)
+    by_number = {f"marked by {n}": marked == n for n in range(1, areas.shape[1] + 1)}
+    edges = [0.0, 50.0, 200.0, float("inf")]
+    names = ("nodule below 50 pixels", "50 to 200 pixels", "200 pixels and more")
+    return {**by_number, **{name: (area >= a) & (area < b) for name, a, b in zip(names, edges, edges[1:])}}
+
+
+def shipped(options: argparse.Namespace) -> dict[str, Any]:
+    """Score the weights of the bundle on pictures of full size, with the settings of their overlay."""
+    config = ConfigParser()
+    config.read_config([str(CONFIGS / "inference.json"), str(CONFIGS / "datasets" / "lidc.json")])
+    config.update({"bundle_root": str(ROOT / "bundle"), "device": "cpu", "num_members": MEMBERS})
+    network, inferer = (config.get_parsed_content(name) for name in ("network_def", "inferer"))
+    weights = Path(config.get_parsed_content("checkpoint"))
+    network.load_state_dict(torch.load(weights, weights_only=True))
+    size = config["roi_size"][0]
+    crops = load(options.data_root, options.split, size)
+    run = partial(inferer, network=network.eval())
+    known = {"method": "shipped", "seed": 0, "size": size, "seconds": options.shipped, "split": options.split}
+    how = {
+        "sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
+        "parameters_m": round(parameters(network), 4),
+        "passes": MEMBERS,
+        "torch": torch.__version__,
+        "monai": monai.__version__,
+        "date": datetime.date.today().isoformat(),
+    }
+    return {**known, **how, **evaluate(lambda image, _: run(image), crops, ANTITHETIC, subgroups(crops))}
+
+
 def missing(name: str, seed: int, options: argparse.Namespace) -> bool:
     """Whether a line of a method is not in the results file."""
     return not all(is_known(options.results, key(row, seed, options)) for row in rows_of(name, options))
@@ -243,6 +292,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--steps", nargs="+", type=int, default=[1], help="with each of which ours is scored")
+    parser.add_argument("--shipped", type=float, help="score the weights in the bundle, trained for so many seconds")
     parser.add_argument("--split", default="test", help="that is scored")
     parser.add_argument("--work_dir", type=Path, default=WORK)
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -255,6 +305,10 @@ def main() -> None:
     """Run what is missing, append it to the results, and write them down."""
     options = arguments()
     torch.set_num_threads(1)
+    if options.shipped:
+        append(options.results, shipped(options))
+        write(options.results, list(METHODS), options.page, options.figure)
+        return
     training, crops = (load(options.data_root, split, options.size) for split in ("training", options.split))
     for name, bound in BOUNDS.items():
         if not is_known(options.results, known := key(name, 0, options)):

@@ -30,6 +30,7 @@ SCORES = {  # name, with the number of masks, and digits
     "ece_band": ("ECE in the band ↓", 3),
     "brier": ("Brier ↓", 4),
 }
+GROUP_SCORES = {name: SCORES[name] for name in SCORES if name != "ece_band"}
 COSTS = {
     "passes": ("passes / image", 0),
     "seconds_per_image": ("seconds / image", 3),
@@ -118,6 +119,24 @@ def section(rows: list[dict[str, Any]], bounds: list[dict[str, Any]], methods: S
     ]
 
 
+def of_the_bundle(row: dict[str, Any]) -> list[str]:
+    """The scores of the weights in the bundle, in all and by group of slices."""
+    groups = {"all": row, **row["groups"]}
+    lines = [
+        f"## The weights of the bundle, {row['size']}×{row['size']}: {row['cases']} slices ({row['split']})",
+        "",
+        f"`bundle/models/lidc.pt` (sha256 `{row['sha256']}`), trained for {row['seconds']:g} s; torch {row['torch']}, "
+        f"MONAI {row['monai']}; {row['date']}.",
+        "",
+        f"| slices | number | {' | '.join(head.format(row['members']) for head, _ in GROUP_SCORES.values())} |",
+        "|" + " --- |" * (2 + len(GROUP_SCORES)),
+    ]
+    for name, one in groups.items():
+        cells = [name, str(one["cases"]), *(f"{one[key]:.{digits}f}" for key, (_, digits) in GROUP_SCORES.items())]
+        lines.append(f"| {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
 def write(results: Path, methods: Sequence[str], page: Path, figure: Path) -> None:
     """Write the page.
 
@@ -128,6 +147,8 @@ def write(results: Path, methods: Sequence[str], page: Path, figure: Path) -> No
         figure: shown where it is there.
     """
     lines = [json.loads(line) for line in results.read_text().splitlines()]
+    shipped = [row for row in lines if row["method"] == "shipped"]
+    lines = [row for row in lines if row["method"] != "shipped"]
     rows = [row for row in lines if row["seconds"]]
     text = TEXT.format(members=max(row["members"] for row in lines)).splitlines()
     if figure.is_file():
@@ -137,6 +158,8 @@ def write(results: Path, methods: Sequence[str], page: Path, figure: Path) -> No
         same = [row for row in lines if (row["size"], row["split"]) == (size, split)]
         some, bounds = ([row for row in same if row["seconds"] == time] for time in (seconds, 0))
         text += ["", *section(some, bounds, methods)]
+    if shipped:
+        text += ["", *of_the_bundle(shipped[-1])]
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text("\n".join(text).rstrip() + "\n", encoding="utf-8")
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from monai.bundle import ConfigParser
 from monai.inferers import DiffusionInferer, SlidingWindowInferer
-from monai.networks.nets import DiffusionModelUNet, UNet
+from monai.networks.nets import DiffusionModelUNet, SegResNet, UNet
 from monai.networks.schedulers import DDIMScheduler, DDPMScheduler
 from monai.utils import convert_to_tensor, set_determinism
 from torch import Tensor, nn
@@ -43,6 +43,7 @@ __all__ = [
     "matching_unet",
     "ours",
     "save",
+    "segresnet",
     "start",
     "train_in_turns",
     "unet",
@@ -53,6 +54,7 @@ CONFIGS = Path(__file__).parent.parent / "bundle" / "configs"
 MONAI_STEPS = 50
 PEER_STEPS = 250  # what the public code recommends
 UNET_LEARNING_RATE = 0.01  # better in minutes than 0.003 and less, with which 3D hardly begins to learn
+SEGRESNET_LEARNING_RATE = 0.002
 TURN = 30.0  # seconds of training at a time, where several train in turns
 
 
@@ -140,16 +142,31 @@ def matching_unet(parser: ConfigParser, out_channels: int, dropout: float = 0.0)
     return build(min(range(8, 97, 4), key=lambda width: abs(parameters(build(width)) - target)))
 
 
-def unet(parser: ConfigParser) -> Peer:
-    """MONAI's ``UNet``, trained on Dice and BCE with each rater."""
-    net = matching_unet(parser, parser["num_classes"])
+def discriminative(net: nn.Module, parser: ConfigParser, learning_rate: float) -> Peer:
+    """A network that gives one mask, trained on Dice and BCE with each rater."""
     window = SlidingWindowInferer(parser["roi_size"], 1, 0.5, mode="gaussian")  # as for ours
 
     def segment(trained: nn.Module, image: Tensor) -> Tensor:
         whole = list(image.shape[2:]) == list(parser["roi_size"])
         return (trained(image) if whole else window(image, trained)).sigmoid()
 
-    return Peer(net, lambda image, raters: each_rater(net(image), raters), segment, 1, UNET_LEARNING_RATE)
+    return Peer(net, lambda image, raters: each_rater(net(image), raters), segment, 1, learning_rate)
+
+
+def unet(parser: ConfigParser) -> Peer:
+    """MONAI's ``UNet``."""
+    return discriminative(matching_unet(parser, parser["num_classes"]), parser, UNET_LEARNING_RATE)
+
+
+def segresnet(parser: ConfigParser) -> Peer:
+    """MONAI's ``SegResNet`` with its own numbers of blocks, as wide as it takes to have about our parameters."""
+    target = parameters(parser.get_parsed_content("network_def"))
+
+    def build(width: int) -> SegResNet:
+        return SegResNet(parser["spatial_dims"], width, parser["in_channels"], parser["num_classes"])
+
+    net = build(min(range(8, 65, 8), key=lambda width: abs(parameters(build(width)) - target)))
+    return discriminative(net, parser, SEGRESNET_LEARNING_RATE)
 
 
 def monai_diffusion(parser: ConfigParser) -> Peer:

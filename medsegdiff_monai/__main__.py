@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from . import cli
-from .errors import InputError, show_input_errors_plainly
+from .errors import InputError, find_input_error, show_input_errors_plainly
 
 PREPARE = {  # options of some kinds of data sets
     "crop_disc": "refuge: true for the disc alone",
@@ -40,7 +40,7 @@ def segment(
     """
     from monai.bundle import run
 
-    from .configs import OPTIONS_OF_RUN, read_config, to_be_set
+    from .configs import OPTIONS_OF_RUN, merge_configs, to_be_set
     from .settings import find_bundle_root
 
     if not images:
@@ -50,8 +50,11 @@ def segment(
     options = {name: value for name, value in override.items() if name in OPTIONS_OF_RUN}
     variables = to_be_set({**override, "bundle_root": root, "images": list(images), "output_dir": output_dir})
     variables = {name: value for name, value in variables.items() if name not in OPTIONS_OF_RUN}
-    read_config(config, **variables)
-    run(config_file=config, **options, **variables)
+    merge_configs(config, **variables)
+    try:
+        run(config_file=config, **options, **variables)  # which checks them first
+    except Exception as error:
+        raise find_input_error(error) or error from error.__cause__
 
 
 def segment_trained(images: Sequence[str], trained: Sequence[str] | None = None, **options: Any) -> None:
@@ -125,8 +128,8 @@ def export(
     ``configs/inference.json`` says.
 
     Args:
-        output: file to write: ``.ts`` or ``.pt`` (TorchScript, images of any size), or ``.onnx`` (any batch, images of
-            the config's ``roi_size``, rounded up to what the network's strides divide).
+        output: file to write: ``.pt2`` (``torch.export``) or ``.onnx`` (any batch, images of the config's ``roi_size``,
+            rounded up to what the network's strides divide), or ``.ts`` or ``.pt`` (TorchScript, images of any size).
         bundle_root: the bundle's folder; found in the working directory where it is not given.
         config_file: config, or list of configs, in place of ``configs/inference.json``; with the overlay that the
             weights were trained with, if any.
@@ -162,15 +165,16 @@ def package(
         print(path)
 
 
-def demo(output_dir: str = "demo_output") -> None:
+def demo(output_dir: str = "demo_output", lidc: bool = False) -> None:
     """Prepare real MRI that a Python package carries, train on it, score, and write a picture of the result.
 
     Args:
         output_dir: folder to write to.
+        lidc: draw lung nodules, outlined by four radiologists and by the bundle, instead; nothing is trained.
     """
-    from .demo import run_demo
+    from .demo import run_demo, run_lidc_demo
 
-    run_demo(output_dir)
+    (run_lidc_demo if lidc else run_demo)(output_dir)
 
 
 def settings(config: str, bundle_root: str | None = None) -> None:
@@ -275,7 +279,7 @@ def _check_options(parser: cli.Parser) -> None:
 
 def _export_options(parser: cli.Parser) -> None:
     parser.usage = "%(prog)s --output FILE [--VARIABLE VALUE ...]"
-    text = "file to write: .ts or .pt (TorchScript), or .onnx"
+    text = "file to write: .pt2 (torch.export), .onnx, or .ts or .pt (TorchScript)"
     parser.add_argument("--output", metavar="FILE", required=True, help=text)
     _add_config(parser)
 
@@ -290,6 +294,7 @@ def _package_options(parser: cli.Parser) -> None:
 
 def _demo_options(parser: cli.Parser) -> None:
     parser.add_argument("--output_dir", metavar="DIR", default="demo_output", help="folder to write to")
+    parser.add_switch("--lidc", "draw what four radiologists and the bundle say of lung nodules; nothing is trained")
 
 
 def _settings_options(parser: cli.Parser) -> None:
@@ -326,7 +331,11 @@ COMMANDS = {
     "init": cli.Command("Write a copy of the bundle, to be changed.", _init_options, init),
     "export": cli.Command("Write the segmenter as one file of TorchScript or ONNX.", _export_options, export),
     "package": cli.Command("Write the bundle as MONAI's model zoo takes it.", _package_options, package),
-    "demo": cli.Command("Prepare real MRI, train on it, score and show the result.", _demo_options, demo),
+    "demo": cli.Command(
+        "Train on real MRI, score and show the result; or, with --lidc, show masks of lung nodules.",
+        _demo_options,
+        demo,
+    ),
     "evaluate-members": cli.Command(
         "Grade the masks or probabilities of any ensemble, such as nnU-Net's folds.", _members_options, evaluate_members
     ),

@@ -1,4 +1,4 @@
-"""The whole segmenter as one module, for TorchScript and ONNX: image in, probabilities out, the sampler inside."""
+"""The whole segmenter as one module, for ``torch.export``, ONNX and TorchScript: image in, probabilities out."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from monai.data.utils import compute_importance_map
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from .configs import read_config
 from .deep_ensemble import DeepEnsemble, load_checkpoints
@@ -72,10 +73,10 @@ def linear_steps(scheduler: Any, num_steps: int) -> list[LinearStep]:
 class Segmenter(nn.Module):
     """Segment images of any size as :class:`DiffusionEnsembleInferer` does, the members fused by their mean.
 
-    :func:`torch.jit.script` and ``torch.onnx.export`` take it, as it has the whole ensemble inside. The noise of the
-    members is stored for one field of ``roi_size``, and repeats itself along larger images: a window sees its piece of
-    that endless field. For images of at most ``roi_size`` that is the inferer's own noise. All members are drawn,
-    whatever the inferer's ``agreement_threshold``.
+    ``torch.export``, ``torch.onnx.export`` and :func:`torch.jit.script` take it, as it has the whole ensemble inside.
+    The noise of the members is stored for one field of ``roi_size``, and repeats itself along larger images: a window
+    sees its piece of that endless field. For images of at most ``roi_size`` that is the inferer's own noise. All
+    members are drawn, whatever the inferer's ``agreement_threshold``.
 
     Args:
         network: a trained :class:`medsegdiff_monai.networks.MedSegDiffUNet`; it is copied.
@@ -182,8 +183,20 @@ def _torchscript(segmenter: Segmenter) -> bytes:
     return file.getvalue()
 
 
+def _program(segmenter: Segmenter) -> ExportedProgram:
+    """Any batch; spatial axes are fixed to ``roi_size``, as ONNX Runtime's Fourier transform asks for."""
+    image = torch.zeros(2, segmenter.network.in_channels, *segmenter.roi_size)  # a batch of one would be taken as fixed
+    return torch.export.export(segmenter, (image,), dynamic_shapes={"image": {0: torch.export.Dim("batch")}})
+
+
+def _torch_export(segmenter: Segmenter) -> bytes:
+    file = io.BytesIO()
+    torch.export.save(_program(segmenter), file)
+    return file.getvalue()
+
+
 def _onnx(segmenter: Segmenter) -> bytes:
-    """Any batch; spatial axes are fixed to ``roi_size``, as ONNX Runtime's Fourier transform asks for.
+    """Write the program as ONNX.
 
     Raises:
         InputError: where the packages for it are missing.
@@ -192,20 +205,13 @@ def _onnx(segmenter: Segmenter) -> bytes:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise InputError("export: ONNX needs two more packages: pip install onnx onnxscript") from error
-    image = torch.zeros(2, segmenter.network.in_channels, *segmenter.roi_size)  # a batch of one would be taken as fixed
     program: Any = torch.onnx.export(
-        segmenter,
-        (image,),
-        dynamo=True,
-        verbose=False,
-        input_names=["image"],
-        output_names=["probabilities"],
-        dynamic_shapes={"image": {0: torch.export.Dim("batch")}},
+        _program(segmenter), verbose=False, input_names=["image"], output_names=["probabilities"]
     )
     return program.model_proto.SerializeToString()
 
 
-_FORMATS = {".ts": _torchscript, ".pt": _torchscript, ".onnx": _onnx}
+_FORMATS = {".pt2": _torch_export, ".onnx": _onnx, ".ts": _torchscript, ".pt": _torchscript}
 
 
 def read_segmenter(config_file: str | Sequence[str], **override: Any) -> tuple[nn.Module, DiffusionEnsembleInferer]:
@@ -228,10 +234,11 @@ def read_segmenter(config_file: str | Sequence[str], **override: Any) -> tuple[n
 
 
 def export_segmenter(output: str, config_file: str | Sequence[str], **override: Any) -> None:
-    """Write the segmenter that a config describes, with its weights, as TorchScript or ONNX.
+    """Write the segmenter that a config describes, with its weights, as one file.
 
     Args:
-        output: file to write: ``.ts`` or ``.pt`` (TorchScript), or ``.onnx``.
+        output: file to write: ``.pt2`` (``torch.export``), ``.onnx``, or ``.ts`` or ``.pt`` (TorchScript, which torch
+            has deprecated; the only one that takes images of any size).
         config_file: config, or list of configs, with ``network_def``, ``inferer`` and ``checkpoint``.
         **override: config variables.
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .errors import InputError
 from .files import write_atomically
+from .networks.arguments import default_levels
 from .networks.ff_parser import resample_grid
 
 __all__ = ["digest", "load_checkpoint", "load_weights", "network_weights", "save_checkpoint", "with_fresh_layers"]
@@ -165,8 +166,18 @@ def _architecture(weights: Mapping[str, Any]) -> dict[str, Any]:
         "attention_levels": attention,
         "conditioning_levels": _numbers(tensors, r"fusions\.(\d+)\.conditioning\."),
         "use_ff_parser": any(".ff_parser." in name for name in tensors),
+        "network_def#mask_level": _mask_level(tensors, len(levels)),
+        "network_def#light_decoder": "ups.0.weight" in tensors,
         "roi_size": _field(tensors),
     }
+
+
+def _mask_level(tensors: Mapping[str, Tensor], levels: int) -> int | None:
+    """The level at which the mask's encoder begins, where it is not the default."""
+    found = _numbers(tensors, r"mask_stages\.(\d+)\.")
+    fused = _numbers(tensors, r"fusions\.(\d+)\.conditioning\.")
+    usual = min([default_levels(levels)[0], *fused])
+    return found[0] if found and found[0] != usual else None
 
 
 def _numbers(tensors: Mapping[str, Tensor], pattern: str) -> list[int]:

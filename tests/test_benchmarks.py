@@ -6,11 +6,13 @@ import csv
 import importlib.util
 import json
 import re
+import shutil
 import sys
 
 import numpy as np
 import pytest
 import torch
+from monai.bundle import ConfigParser
 from PIL import Image
 
 from benchmarks import (
@@ -28,7 +30,7 @@ from benchmarks import (
 )
 from medsegdiff_monai.objective import mask_loss
 
-from .conftest import make_nifti_dataset, make_png_dataset, write_json
+from .conftest import CONFIGS, make_nifti_dataset, make_png_dataset, write_json
 
 
 @pytest.fixture(autouse=True)
@@ -61,10 +63,14 @@ def test_accuracy_trains_each_method_once_and_scores_it(tmp_path, monkeypatch):
         classes = 1 if row["data"] == "LGG_MRI" else 2
         assert all(len(row[k]) == classes and min(row[k]) >= 0 for k in ("dice", "iou", "ece"))
         assert all(len(row[k]) == classes for k in ("ece_band", "auroc"))
-        assert row["iterations"] >= 1 and row["passes"] == (1 if row["method"] == "MONAI UNet" else 5)
-        objectives = {"MONAI UNet": None, "mask objective": "mask"}
+        assert row["iterations"] >= 1 and row["passes"] == (1 if row["method"].startswith("MONAI") else 5)
+        objectives = {"MONAI UNet": None, "MONAI SegResNet": None, "mask objective": "mask"}
         assert row.get("objective") == objectives.get(row["method"], "ensemble")
-        assert row["learning_rate"] == (0.01 if row["method"] == "MONAI UNet" else rates[row["data"]])
+        own = {"MONAI UNet": 0.01, "MONAI SegResNet": 0.002}
+        assert row["learning_rate"] == own.get(row["method"], rates[row["data"]])
+        assert len(row["dice_of_cases"]) == row["cases"] and "dice_volume" not in row
+        values = row["dice_of_cases"].values()
+        assert sum(values) / len(values) == pytest.approx(sum(row["dice"]) / classes, abs=1e-3)
     size = {row["method"]: row["parameters_m"] for row in rows if row["data"] == "LGG_MRI"}
     assert size["plain DPM"] < size["+ dynamic conditioning"] < size["+ FF-Parser"]
     monkeypatch.setattr(accuracy, "run", lambda *_: pytest.fail("a run that is in the results was repeated"))
@@ -466,3 +472,62 @@ def test_runs_with_another_objective_take_the_place_of_older_ones():
     *_, head, _, first, second, _ = results.table("LGG_MRI", [other, new])
     assert head.endswith("| mean Dice | Dice | unbiased GED* | seeds |")
     assert first.endswith("| 0.300 | 0.300 |  | 1 |") and second.endswith("| 0.200 | 0.200 |  | 1 |")
+
+
+def test_dice_of_a_volume_is_that_of_its_slices_together():
+    """Two slices of one volume, one of which is empty in both; another volume is empty throughout."""
+    volumes: dict[str, torch.Tensor] = {}
+    mask, truth = torch.rand(3, 2, 6, 6) > 0.5, torch.rand(3, 2, 6, 6) > 0.5
+    mask[1] = truth[1] = mask[2] = truth[2] = False
+    for name, *pair in zip("aab", mask, truth):
+        accuracy.add_slice(volumes, name, *pair)
+    (common, size), (nothing, none) = volumes["a"], volumes["b"]
+    torch.testing.assert_close(
+        common / size, 2.0 * (mask & truth).sum((0, 2, 3)) / (mask.sum((0, 2, 3)) + truth.sum((0, 2, 3))).double()
+    )
+    assert not nothing.any() and not none.any()
+    assert accuracy.SLICE.sub("", "patient015_frame01_slice07") == "patient015_frame01"
+
+
+def test_differences_between_methods_are_paired_by_case():
+    """Cases differ much, and methods by the same amount on each: the interval is that amount."""
+    cases = {f"case {i}": i / 10 for i in range(10)}
+
+    def runs(more: float) -> list[dict]:
+        return [{"dice_of_cases": {case: dice + more + seed for case, dice in cases.items()}} for seed in (-0.01, 0.01)]
+
+    lines = results.differences({"+ FF-Parser": runs(0.05), "MONAI UNet": runs(0.0), "old": [{"dice": [0.5]}]})
+    assert lines[2:] == ["| MONAI UNet | +0.050 (+0.050 to +0.050) | 10 |", ""]
+    worse = {case: dice + 0.2 * (i % 2) for i, (case, dice) in enumerate(cases.items())}
+    (line,) = results.differences({"+ FF-Parser": runs(0.0), "MONAI UNet": [{"dice_of_cases": worse}]})[2:-1]
+    low, high = map(float, re.findall(r"[(]([-+.0-9]+) to ([-+.0-9]+)", line)[0])
+    assert low < -0.1 < high < 0 and "| -0.100 (" in line
+    assert results.differences({"MONAI UNet": runs(0.0)}) == []
+
+
+def test_ambiguity_scores_the_weights_of_the_bundle_by_group(tmp_path, monkeypatch):
+    """Slices that one radiologist marked, and slices that two did; together they are all."""
+    make_lidc(tmp_path)
+    configs = tmp_path / "bundle" / "configs"
+    (configs / "datasets").mkdir(parents=True)
+    shutil.copy(CONFIGS / "inference.json", configs)
+    plain = json.loads((CONFIGS / "datasets" / "generic_2d.json").read_text())
+    small = {"in_channels": 1, "num_classes": 1, "roi_size": [16, 16], "channels": [8, 8], "num_res_blocks": 1}
+    overlay = {**plain, **small, "checkpoint": str(tmp_path / "lidc.pt")}
+    (configs / "datasets" / "lidc.json").write_text(json.dumps(overlay))
+    monkeypatch.setattr(ambiguity, "CONFIGS", configs)
+    parser = ConfigParser()
+    parser.read_config([str(configs / "inference.json"), str(configs / "datasets" / "lidc.json")])
+    torch.save(parser.get_parsed_content("network_def").state_dict(), tmp_path / "lidc.pt")
+    file, page = tmp_path / "r.jsonl", tmp_path / "page.md"
+    arguments = ["--data_root", tmp_path, "--results", file, "--page", page, "--figure", tmp_path / "none.png"]
+    file.write_text(json.dumps({"method": "bound", "members": 16, "seconds": 0, "size": 16, "split": "test"}) + "\n")
+    call(monkeypatch, ambiguity, *arguments, "--shipped", 9)
+    row = json.loads(file.read_text().splitlines()[-1])
+    groups = row["groups"]
+    assert (row["method"], row["size"], row["cases"], row["members"]) == ("shipped", 16, 6, 16)
+    assert groups["marked by 1"]["cases"] == 1 and groups["marked by 2"]["cases"] == 5
+    assert groups["nodule below 50 pixels"]["cases"] == 6 and "200 pixels and more" not in groups
+    weighed = (groups["marked by 1"]["ged"] + 5 * groups["marked by 2"]["ged"]) / 6
+    assert weighed == pytest.approx(row["ged"], abs=1e-4)
+    assert f"| marked by 2 | 5 | {groups['marked by 2']['ged']:.3f} |" in page.read_text("utf-8")

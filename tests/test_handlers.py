@@ -406,6 +406,8 @@ def test_calibration_that_is_no_number_is_refused(tmp_path):
         ({"conditioning_levels": []}, "--conditioning_levels []"),
         ({"use_ff_parser": False}, "--use_ff_parser False"),
         ({"ff_size": [16, 24]}, "--roi_size [16,24]"),
+        ({"light_decoder": False}, "--network_def#light_decoder False"),
+        ({"channels": [16, 8, 8], "mask_level": 0}, "--channels [16,8,8] --network_def#mask_level 0"),
     ],
     ids=str,
 )
@@ -417,7 +419,10 @@ def test_weights_of_another_architecture_name_the_variables_to_set(change, remed
     settings = re.search(r"set (.*), or give", str(error.value))[1]
     arguments = {"num_classes": "out_channels", "roi_size": "ff_size"}
     values = dict(pair.split(" ") for pair in settings.removeprefix("--").split(" --"))
-    values = {arguments.get(name, name): ast.literal_eval(value) for name, value in values.items()}
+    values = {
+        arguments.get(name, name).removeprefix("network_def#"): ast.literal_eval(value)
+        for name, value in values.items()
+    }
     fitting = small_network(**{**change, **values})  # heads have no shape
     WeightsLoader(str(tmp_path / "model.pt"), fitting)(Engine(lambda e, b: None))
 

@@ -82,7 +82,8 @@ def test_the_paper_overlay_trains_as_the_paper_does():
     prepare = parser.get_parsed_content("train#trainer#prepare_batch")
     assert (prepare.objective.last_share, prepare.objective.own_guess, prepare.num_members) == (0.0, 0.0, 1)
     network = parser.get_parsed_content("network_def")
-    assert network.stem_stride == 1 and not any(isinstance(m, MaskGate) for m in network.modules())
+    assert (network.stem_stride, network.mask_level, network.light_decoder) == (1, 0, False)
+    assert not any(isinstance(m, MaskGate) for m in network.modules())
     assert any(isinstance(m, MaskGate) for m in compose("generic_2d").get_parsed_content("network_def").modules())
     assert parser["learning_rate"] == 1e-4
 

@@ -7,7 +7,16 @@ from typing import Any, NamedTuple, Optional, Union
 
 from ..errors import InputError
 
-__all__ = ["PREDICTION_TYPES", "Level", "check_at_least_one", "check_choice", "one_each", "read_levels"]
+__all__ = [
+    "PREDICTION_TYPES",
+    "Level",
+    "check_at_least_one",
+    "check_choice",
+    "default_levels",
+    "one_each",
+    "read_levels",
+    "read_mask_level",
+]
 
 PREDICTION_TYPES = ("sample", "epsilon", "v_prediction")
 
@@ -100,14 +109,34 @@ def _attention(levels: Optional[Sequence[bool]], channels: Sequence[int], heads:
     return attention
 
 
+def default_levels(count: int) -> list[int]:
+    """The middle two of so many levels; the last is none of them, as it sums both streams."""
+    middle = (count - 1) // 2
+    return sorted({min(level, count - 2) for level in (middle, middle + 1)})
+
+
 def _fused(levels: Optional[Sequence[int]], count: int) -> list[int]:
-    """The fused levels; by default the middle two encoder stages, without the last, which sums both streams."""
+    """The levels of dynamic conditional encoding."""
     if levels is None:
-        middle = (count - 1) // 2
-        return sorted({min(level, count - 2) for level in (middle, middle + 1)})
+        return default_levels(count)
     if len(set(levels)) != len(levels) or any(not 0 <= level < count - 1 for level in levels):
         raise InputError(
             f"conditioning_levels={sorted(levels)} must be different levels from 0 to {count - 2}: "
             "at the last level both streams are summed."
         )
     return sorted(levels)
+
+
+def read_mask_level(mask_level: Optional[int], levels: Sequence[Level]) -> int:
+    """Return the level at which the mask's encoder begins; for the argument see :class:`.MedSegDiffUNet`.
+
+    Raises:
+        InputError: for a level below the first fused one, which needs both encoders, or none of the encoders'.
+    """
+    most = next((i for i, level in enumerate(levels) if level.fused), len(levels) - 2)
+    if mask_level is None:
+        return min(default_levels(len(levels))[0], most)
+    if isinstance(mask_level, bool) or not isinstance(mask_level, int) or not 0 <= mask_level <= most:
+        why = ", the first of conditioning_levels" if levels[most].fused else ""
+        raise InputError(f"mask_level={mask_level!r} must be a level from 0 to {most}{why}.")
+    return mask_level

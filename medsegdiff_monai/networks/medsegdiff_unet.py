@@ -12,7 +12,7 @@ from monai.networks.nets.diffusion_model_unet import get_timestep_embedding
 from torch import Tensor, nn
 
 from ..errors import InputError
-from .arguments import PREDICTION_TYPES, Level, check_at_least_one, check_choice, one_each, read_levels
+from .arguments import PREDICTION_TYPES, Level, check_at_least_one, check_choice, one_each, read_levels, read_mask_level
 from .blocks import Downsample, First, MaskGate, Stage, Upsample, group_norm
 from .dynamic_conditioning import Fusion
 from .record import TrainingRecord
@@ -34,7 +34,11 @@ class MedSegDiffUNet(nn.Module):
     streams (the paper draws them without saying from which encoder). The timestep embedding enters every residual
     block of the denoiser and none of E^I, so that E^I up to its first fusion is encoded once per image
     (:meth:`encode_context`). It also scales the channels of the mask's stem (the paper has no such gate; it starts at
-    1): at the last timesteps the mask is all noise, which the network can close its eyes to.
+    1), so the network can ignore the mask input when that is all noise.
+
+    Two departures from the paper make a further mask of the same image cheap, and can be undone: E^x begins at the
+    middle level (``mask_level``), as finer detail comes from the image; and the decoder adds its skip
+    connections and upsamples by transposed convolutions (``light_decoder``).
 
     In training mode, and for ``epsilon`` and ``v_prediction``, the network returns its raw output; for ``sample``
     that is the logit of the mask. Evaluated, ``sample`` returns x0 = tanh(logit / 2) in [-1, 1], which any MONAI
@@ -60,6 +64,12 @@ class MedSegDiffUNet(nn.Module):
         stem_stride: 1, or 2 for stems that halve the resolution and a transposed convolution that doubles it at the
             end (as in ResNet34, whose block counts the paper takes): a quarter of the cost in 2D, an eighth in 3D.
         use_mask_gate: whether the timestep scales the channels of the mask's stem.
+        mask_level: level at which E^x begins, with a convolution whose stride is that level's; 0, as in the paper, is
+            the stem's resolution. Default: the first of the middle two levels, or of ``conditioning_levels`` where that
+            is finer.
+        light_decoder: whether skip connections are added, and features upsampled by transposed convolutions with
+            kernels of 2; otherwise, as in improved-diffusion, skips are concatenated, and features upsampled by nearest
+            neighbours and a convolution.
         use_checkpointing: trade computing for memory in training (gradient checkpointing).
 
     Raises:
@@ -86,6 +96,8 @@ class MedSegDiffUNet(nn.Module):
         num_train_timesteps: int = 1000,
         stem_stride: int = 1,
         use_mask_gate: bool = True,
+        mask_level: Optional[int] = None,
+        light_decoder: bool = True,
         use_checkpointing: bool = False,
     ) -> None:
         super().__init__()
@@ -94,6 +106,7 @@ class MedSegDiffUNet(nn.Module):
         check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
         check_choice("use_ff_parser", use_ff_parser, (False, True))
         check_choice("use_mask_gate", use_mask_gate, (False, True))
+        check_choice("light_decoder", light_decoder, (False, True))
         check_at_least_one(
             in_channels=in_channels,
             out_channels=out_channels,
@@ -116,6 +129,8 @@ class MedSegDiffUNet(nn.Module):
         self.record = TrainingRecord(spatial_dims, in_channels, out_channels)
         # E^I is free of x_t up to here: the first fusion, or the very end where nothing is fused
         self.first_fusion = next((i for i, level in enumerate(levels) if level.fused), len(levels) - 1)
+        self.mask_level = read_mask_level(mask_level, levels)
+        self.light_decoder = light_decoder
 
         def stage(level: int, channels_in: int, embedding: int) -> Stage:
             out, blocks, attention, heads, _ = levels[level]
@@ -135,7 +150,8 @@ class MedSegDiffUNet(nn.Module):
         dims, channels = self.spatial_dims, self.channels
         below = [channels[0], *channels]  # below[i]: channels that enter level i
         encoding = range(len(channels) - 1)  # the last level sums both streams
-        self.image_stem = self._stem(self.in_channels)
+        conv = Conv[Conv.CONV, dims]
+        self.image_stem = conv(self.in_channels, channels[0], kernel_size=3, padding=1, stride=self.stem_stride)
         self.image_stages = nn.ModuleList(stage(i, below[i], 0) for i in encoding)
         self.image_downs = nn.ModuleList(Downsample(dims, channels[i]) for i in encoding)
         grids = [ff_size and _grid(ff_size, self.stem_stride * 2**i) for i in encoding]
@@ -147,24 +163,33 @@ class MedSegDiffUNet(nn.Module):
         self, stage: Callable[[int, int, int], Stage], width: int, use_mask_gate: bool, norm_num_groups: int
     ) -> None:
         """Add E^x and the decoder, with a timestep embedding of that width."""
-        dims, channels = self.spatial_dims, self.channels
-        below = [channels[0], *channels]
+        dims, channels, first = self.spatial_dims, self.channels, self.mask_level
         last = len(channels) - 1
-        self.mask_stem = self._stem(self.out_channels)
-        self.mask_gate = MaskGate(dims, width, channels[0]) if use_mask_gate else First()
-        self.mask_stages = nn.ModuleList(stage(i, below[i], width) for i in range(last))
-        self.mask_downs = nn.ModuleList(Downsample(dims, channels[i]) for i in range(last))
-        self.last_stage = stage(last, below[last], width)
+        stride = self.stem_stride * 2**first
+        # E^x has no stages above the level at which it begins; a kernel of its stride reads every voxel there
+        kernel = max(3, stride)
+        self.mask_stem = Conv[Conv.CONV, dims](
+            self.out_channels, channels[first], kernel, stride, padding=(kernel - stride + 1) // 2
+        )
+        self.mask_gate = MaskGate(dims, width, channels[first]) if use_mask_gate else First()
+        below = [*channels[: first + 1], *channels[first:]]  # below[i]: channels that enter level i
+        self.mask_stages = nn.ModuleList(stage(i, below[i], width) if i >= first else First() for i in range(last))
+        self.mask_downs = nn.ModuleList(
+            Downsample(dims, channels[i]) if i >= first else nn.Identity() for i in range(last)
+        )
+        self.last_stage = stage(last, channels[last - 1], width)
         ups = range(last - 1, -1, -1)
-        self.ups = nn.ModuleList(Upsample(dims, channels[i + 1], channels[i]) for i in ups)
-        self.up_stages = nn.ModuleList(stage(i, 2 * channels[i], width) for i in ups)
+        self.ups = nn.ModuleList(self._upsample(channels[i + 1], channels[i]) for i in ups)
+        joined = 1 if self.light_decoder else 2
+        self.up_stages = nn.ModuleList(stage(i, joined * channels[i], width) for i in ups)
         self.out_norm = group_norm(norm_num_groups, channels[0])
         kind, kernel = (Conv.CONV, 3) if self.stem_stride == 1 else (Conv.CONVTRANS, 4)
         self.out_conv = Conv[kind, dims](channels[0], self.out_channels, kernel, stride=self.stem_stride, padding=1)
 
-    def _stem(self, in_channels: int) -> nn.Module:
-        conv = Conv[Conv.CONV, self.spatial_dims]
-        return conv(in_channels, self.channels[0], kernel_size=3, padding=1, stride=self.stem_stride)
+    def _upsample(self, in_channels: int, out_channels: int) -> nn.Module:
+        if self.light_decoder:
+            return Conv[Conv.CONVTRANS, self.spatial_dims](in_channels, out_channels, kernel_size=2, stride=2)
+        return Upsample(self.spatial_dims, in_channels, out_channels)
 
     def _check_image(self, x: Tensor, channels: int, name: str) -> None:
         if x.dim() != self.spatial_dims + 2 or x.shape[1] != channels:
@@ -236,18 +261,22 @@ class MedSegDiffUNet(nn.Module):
         for i, (image_stage, image_down, fusion, mask_stage, mask_down) in enumerate(
             zip(self.image_stages, self.image_downs, self.fusions, self.mask_stages, self.mask_downs)
         ):
-            h = mask_stage(h, embedding)
-            c = _repeat(context[i], h.shape[0]) if i <= self.first_fusion else image_stage(c)
-            c = fusion(c, h)
-            skips.append(h + c)
-            h = mask_down(h)
-            if i >= self.first_fusion:
-                c = image_down(c)
+            if i < self.mask_level:
+                skips.append(_repeat(context[i], h.shape[0]))
+            else:
+                h = mask_stage(h, embedding)
+                c = _repeat(context[i], h.shape[0]) if i <= self.first_fusion else image_stage(c)
+                c = fusion(c, h)
+                skips.append(h + c)
+                h = mask_down(h)
+                if i >= self.first_fusion:
+                    c = image_down(c)
         if self.first_fusion == len(skips):
             c = _repeat(context[self.first_fusion], h.shape[0])
         h = self.last_stage(h + c, embedding)
         for up, stage in zip(self.ups, self.up_stages):
-            h = stage(torch.cat([up(h), skips.pop()], dim=1), embedding)
+            h, skip = up(h), skips.pop()
+            h = stage(h + skip if self.light_decoder else torch.cat([h, skip], dim=1), embedding)
         return self.out_conv(F.silu(self.out_norm(h)))
 
     def _segment(self, image: Tensor) -> Tensor:

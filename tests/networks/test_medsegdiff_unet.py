@@ -42,9 +42,10 @@ def test_mask_stream_passes_the_ff_parser_and_enhances_the_image_stream(small_ne
     torch.testing.assert_close(fusion(image, mask), image + fusion.conditioning.proj(attended))
 
 
-def test_both_streams_are_summed_before_the_last_stage_and_in_the_skips(small_net):
+@pytest.mark.parametrize("light_decoder", [False, True])
+def test_both_streams_are_summed_before_the_last_stage_and_in_the_skips(small_net, light_decoder):
     """Whatever is added to the last feature map of the one encoder and taken from the other's changes nothing."""
-    net = small_net(conditioning_levels=[])
+    net = small_net(conditioning_levels=[], mask_level=0, light_decoder=light_decoder)
     seen = {}
 
     def keep(name):
@@ -59,13 +60,42 @@ def test_both_streams_are_summed_before_the_last_stage_and_in_the_skips(small_ne
     net.up_stages[-1].register_forward_pre_hook(lambda module, args: seen.__setitem__("joined", args[0]))
     net(*inputs())
     assert torch.equal(seen["last"], seen["image"] + seen["mask"])
-    assert torch.equal(seen["joined"], torch.cat([seen["up"], seen["image skip"] + seen["mask skip"]], 1))
+    skip = seen["image skip"] + seen["mask skip"]
+    assert torch.equal(seen["joined"], seen["up"] + skip if light_decoder else torch.cat([seen["up"], skip], 1))
+
+
+@pytest.mark.parametrize(
+    ("levels", "mask_level", "first"), [([1, 2], None, 1), ([0], None, 0), ([2], 2, 2), ([1], 0, 0), ([], None, 1)]
+)
+def test_finer_levels_than_the_masks_are_the_images_alone(small_net, levels, mask_level, first):
+    """The mask's encoder begins there, and finer skip connections do not depend on the noise."""
+    net = small_net(conditioning_levels=levels, mask_level=mask_level)
+    assert net.mask_level == first
+    names = {name.split(".")[1] for name in net.state_dict() if name.startswith("mask_stages.")}
+    assert names == {str(level) for level in range(first, 3)}
+    joined = []
+    for up, stage in zip(net.ups, net.up_stages):
+        up.register_forward_hook(lambda module, args, output: joined.append(-output))
+        stage.register_forward_pre_hook(lambda module, args: joined.append(joined.pop() + args[0]))
+    image, members = torch.randn(IMAGE)[:1], torch.randn(2, *MASK[1:])
+    net(members, torch.tensor([700]), image)
+    same = [torch.allclose(skip[0], skip[1], atol=1e-5) for skip in reversed(joined)]
+    assert same == [level < first for level in range(3)]
+
+
+def test_the_masks_encoder_reads_every_voxel(small_net):
+    """Also where it begins at a coarse level, with a convolution of a large stride."""
+    net = small_net(conditioning_levels=[2], mask_level=2)
+    mask = torch.zeros(MASK, requires_grad=True)
+    assert net.mask_stem.stride == (4, 4)
+    net(mask, torch.tensor([5]), torch.randn(IMAGE)).square().sum().backward()
+    assert (mask.grad != 0).all()
 
 
 def test_timestep_enters_every_residual_block_of_the_denoiser_and_none_of_the_image_encoder(small_net):
     net = small_net(num_res_blocks=2)
     blocks = {name: m for name, m in net.named_modules() if type(m).__name__ == "ResBlock"}
-    assert len(blocks) == 2 * (3 + 3 + 1 + 3)
+    assert len(blocks) == 2 * (3 + 2 + 1 + 3)
     for name, block in blocks.items():
         assert isinstance(block.embed, torch.nn.Linear) is not name.startswith("image_stages"), name
 
@@ -384,7 +414,7 @@ def test_state_dict_survives_a_weights_only_round_trip(small_net):
 
 
 def test_number_of_residual_blocks_per_level(small_net):
-    net = small_net(num_res_blocks=[1, 2, 3, 4])
+    net = small_net(num_res_blocks=[1, 2, 3, 4], mask_level=0)
     assert [len(stage.res_blocks) for stage in net.image_stages] == [1, 2, 3]
     assert [len(stage.res_blocks) for stage in net.mask_stages] == [1, 2, 3]
     assert len(net.last_stage.res_blocks) == 4
@@ -392,7 +422,7 @@ def test_number_of_residual_blocks_per_level(small_net):
 
 
 def test_attention_levels_and_head_channels_per_level(small_net):
-    net = small_net(attention_levels=[True, False, False, True], num_head_channels=[2, 1, 1, 8])
+    net = small_net(attention_levels=[True, False, False, True], num_head_channels=[2, 1, 1, 8], mask_level=0)
     heads = {n: m.num_head_channels for n, m in net.named_modules() if type(m).__name__ == "AttentionBlock"}
     assert heads == {
         "image_stages.0.attentions.0": 2,
@@ -437,6 +467,10 @@ def test_grid_of_the_ff_parser_covers_the_size_it_was_asked_for(small_net, ff_si
         ({"dropout": -0.1}, "dropout=-0.1"),
         ({"prediction_type": "x0"}, "prediction_type='x0' must be one of"),
         ({"use_ff_parser": "false"}, "use_ff_parser='false' must be False or True"),
+        ({"light_decoder": "no"}, "light_decoder='no' must be False or True"),
+        ({"mask_level": 2}, "mask_level=2 must be a level from 0 to 1, the first of conditioning_levels."),
+        ({"mask_level": True}, "mask_level=True must be a level from 0 to 1"),
+        ({"mask_level": 3, "conditioning_levels": []}, "mask_level=3 must be a level from 0 to 2."),
         ({"use_mask_gate": "no"}, "use_mask_gate='no' must be False or True"),
         ({"attention_levels": ("false",) * 4}, "attention_levels='false' must be False or True"),
     ],
