@@ -7,7 +7,7 @@ LABEL_PYTHON := $(LABEL_VENV)/bin/python
 # torch reads sources of its own in the locale's encoding, which may be ASCII.
 export PYTHONUTF8 = 1
 
-.PHONY: demo test lint docs label test-label
+.PHONY: demo test lint docs label test-label test-viewers
 
 # Installed once: again only when the dependencies change.
 $(VENV)/.installed: setup.cfg constraints.txt
@@ -55,3 +55,14 @@ label: $(LABEL_VENV)/.installed
 
 test-label: $(LABEL_VENV)/.installed
 	$(LABEL_PYTHON) -m pytest tests/label
+
+# Orthanc and Chromium are Debian's packages; where they cannot be installed, the tests say which are missing.
+$(LABEL_VENV)/.viewers: $(LABEL_VENV)/.installed
+	$(LABEL_PYTHON) -m pip install playwright
+	$(LABEL_PYTHON) -c 'import sys; from tests.viewers.orthanc import missing; sys.exit(bool(missing()))' || \
+		DEBIAN_FRONTEND=noninteractive apt-get install --yes orthanc orthanc-dicomweb chromium || true
+	touch $@
+
+# Screenshots are kept in build/viewers.
+test-viewers: $(LABEL_VENV)/.viewers
+	$(LABEL_PYTHON) -m pytest -rs tests/viewers

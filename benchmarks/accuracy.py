@@ -21,7 +21,7 @@ import json
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -164,11 +164,22 @@ def segment(parser: ConfigParser, run: Callable[[Tensor], Tensor]) -> Iterator[C
 def evaluate(
     parser: ConfigParser, run: Callable[[Tensor], Tensor], with_raters: bool, drawn_together: int = 1
 ) -> dict[str, Any]:
-    """Segment and score all cases: means over cases for each class, the worst cases, and the median time."""
+    """Segment and score all cases, see :func:`summarise`."""
+    return summarise(segment(parser, run), list(parser["regions"]) if with_raters else [], drawn_together)
+
+
+def summarise(found_cases: Iterable[Case], rated: Sequence[str] = (), drawn_together: int = 1) -> dict[str, Any]:
+    """Score all cases: means over cases for each class, the worst cases, and the median time.
+
+    Args:
+        found_cases: segmented cases.
+        rated: regions that raters have outlined, if there are any.
+        drawn_together: see :func:`raters_scores`.
+    """
     scores: dict[str, list[Any]] = {}
     times, cases = [], []
     volumes: dict[str, Tensor] = {}
-    for case in segment(parser, run):
+    for case in found_cases:
         mask, truth = case.masks
         spacing = case.output["label"].pixdim.tolist() if mask.ndim == 5 else None
         distance = compute_hausdorff_distance(mask, truth, include_background=True, percentile=95, spacing=spacing)
@@ -178,8 +189,8 @@ def evaluate(
             "hd95": distance[0].tolist(),
             **calibration(case.output["prob"].as_tensor(), mask[0] > 0.5, truth[0] > 0.5),
         }
-        if with_raters:
-            found |= raters_scores(case.item, case.members, list(parser["regions"]), drawn_together)
+        if rated:
+            found |= raters_scores(case.item, case.members, rated, drawn_together)
         for metric, values in found.items():
             scores.setdefault(metric, []).append(values)
         times.append(case.seconds)

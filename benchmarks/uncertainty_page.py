@@ -3,202 +3,201 @@
 from __future__ import annotations
 
 import json
-import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from medsegdiff_monai.files import write_atomically
-from medsegdiff_monai.report.curves import aurc, excess_aurc
+from medsegdiff_monai.report.curves import aurc
 
-from .results import spread
+from .results import spread, versions
 
-__all__ = ["Difference", "best", "difference", "latest", "write"]
+__all__ = ["OURS", "OUR_SCORE", "best_score", "difference", "met", "write"]
 
-OURS, SCALED, DEEP = "ours", "UNet, temperature", "five UNets"
-DRAWS = 1000  # of the bootstrap
-WAYS = ("expected", "pairwise", "entropy")
-RANKS = {
-    "dice": ("Dice ↑", 3),
-    **{f"aurc_{way}": (f"AURC ↓, {way}", 4) for way in WAYS},
-    **{f"e_aurc_{way}": (f"E-AURC ↓, {way}", 4) for way in WAYS},
-    "spearman": ("rank correlation ↑", 3),
-    "error": ("error of the expected Dice ↓", 3),
-}
-PIXELS = {
-    "ece_band_before": ("ECE in the band, not calibrated ↓", 3),
-    "ece_band": ("ECE in the band ↓", 3),
-    "ece_band_pooled": ("the same, all cases together ↓", 3),
-    "auroc": ("AUROC of wrong pixels ↑", 3),
-    "members": ("members", 0),
-    "seconds_per_image": ("seconds / image", 3),
-    "iterations": ("iterations", 0),
-    "learning_rate": ("learning rate", 3),
-}
-TEXT = """# When and where a segmenter is wrong
+OURS, OUR_SCORE = "this bundle", "expected Dice"
+UNET, FIVE = "UNet", "five UNets"
+RESAMPLED = 1000  # times, for an interval
+CORRELATION, ERROR = 0.8, 0.06  # what is aimed at
+
+Runs = list[dict[str, Any]]  # of a method on a data set, over the seeds
+
+TEXT = """# Uncertainty one can act on
 
 Written by `python -m benchmarks.uncertainty --data_root DIR` from `benchmarks/uncertainty.jsonl`.
 
-All methods train on the same cases with the same augmentation for the same CPU time of one thread, in turns: AdamW, a
-learning rate that falls by a half cosine, clipped gradients, averaged weights, networks of about the same size. A fifth
-of the training cases (whole patients) is held out from all of them. There, and on no case that is scored, each method
-learns the calibration of its probabilities – ours the bundle's own, all others a temperature for each class – and the
-Dice to expect at an agreement of its members, all of them as the bundle does.
+Which cases can be trusted, which voxels, and do probabilities mean what they say? All methods learn from the same
+cases for the same CPU time of one thread, in turns, as `benchmarks.peers` trains. A fifth of the training cases, by
+patient where patients are known, is held out; whatever is fitted is fitted on these, and nothing on the cases that
+are scored.
 
-- **ours**: this bundle with its default objective, members and fusion.
-- **UNet, temperature**: MONAI's U-Net. A single network has no members to agree: the Dice that it expects is that of its
-  mask with its own probabilities.
-- **five UNets**: a fifth of the time each.
-- **UNet, MC dropout**: dropout that stays on; as many passes as ours.
-- **UNet, flips**: the first U-Net again, its image flipped along the axis that training flips, or along all axes.
+- **this bundle**: the default objective, 16 masks of one pass each.
+- **UNet**: MONAI's, of about the same number of parameters, one mask; **UNet, flips**: the same network on the image
+  and on the image flipped along the axes that training flips, or along **all** axes.
+- **UNet, MC dropout**: trained with dropout, which stays on for 16 passes.
+- **five UNets**: a fifth of the time each, a mask from each.
 
-**AURC**: mean of 1 − Dice over those cases that are kept, averaged over how many are kept, where the least sure cases
-are given to a person first; **E-AURC**: what of it a perfect order would not have. How sure a method is: by the expected
-Dice, by the mean Dice over pairs of members, or by the entropy of its probabilities, averaged over the image. **Rank
-correlation** (Spearman) and mean absolute **error** are of the expected Dice with the true one. The **band** is three
-pixels wide on both sides of the contours of mask and truth; **ECE** there is a mean over cases, or of the voxels of all
-cases together; **AUROC**: whether the entropy tells wrong pixels from right ones there. With several classes, scores are
-means over them. ± is the standard deviation over seeds. Intervals (95 %) are of paired differences, by a bootstrap over
-cases, the mean over seeds.
+**Cases.** A score of confidence orders the cases; the risk is 1 − Dice (mean over classes). **AURC** is the area
+under the risk-coverage curve, **E-AURC** what of it a perfect order would not have, the correlation is Spearman's
+with the true Dice, and the error the mean absolute difference from it. For this bundle the score is always its
+*expected Dice*, the mean Dice over pairs of masks, which the held-out cases take to the Dice of the mask. The others
+have whichever score is best **in that column, chosen on the scored cases**, which favours them: the same *expected
+Dice* of their masks; *soft Dice*, that of the mask with the mean probability, plain or *calibrated*, fitted in the
+same way; *entropy*, its mean over the image; or *entropy by size*, its sum by the size of the mask. A difference in
+AURC below 0 is in favour of this bundle; its interval of 95 % is by bootstrap over cases, of the mean over the seeds.
+
+**Voxels** within three of a contour, true or predicted. **ECE**: calibration error of the mean probability, as it is
+and calibrated: by this bundle's table for itself, by a temperature for each class for the others. **AUROC**: whether
+the entropy tells wrong voxels from right ones. Both are means over cases and classes.
 """
 
 
-class Difference(NamedTuple):
-    """A paired difference, and its 95 % interval over cases."""
-
-    mean: float
-    low: float
-    high: float
+def _mean(runs: Runs, score: str, figure: str) -> float:
+    return statistics.mean(run["scores"][score][figure] for run in runs)
 
 
-Statistic = Callable[[Mapping[str, np.ndarray]], float]
-
-
-def _risk(cases: Mapping[str, np.ndarray], way: str) -> tuple[list[float], list[float]]:
-    confidence = {"expected": "expected_dice", "pairwise": "pairwise_dice", "entropy": "entropy"}[way]
-    sure = -cases[confidence] if way == "entropy" else cases[confidence]
-    return sure.tolist(), (1 - cases["dice"]).tolist()
-
-
-def _mean(cases: Mapping[str, np.ndarray], column: str) -> float:
-    return float(np.nanmean(cases[column]))
-
-
-def statistic(column: str) -> Statistic:
-    """What makes a column of the table of its cases."""
-    for name, function in (("e_aurc_", excess_aurc), ("aurc_", aurc)):
-        if column.startswith(name):
-            way = column.removeprefix(name)
-            return lambda cases: function(*_risk(cases, way))
-    return lambda cases: _mean(cases, column)
-
-
-def difference(
-    ours: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]], one: Statistic, other: Statistic
-) -> Difference:
-    """Difference of two scores of the same cases, the mean over the seeds that both have.
+def best_score(runs: Runs, figure: str) -> str:
+    """The score by which a method is best, by its mean over the seeds: of ours always the same.
 
     Args:
-        ours: lines of the results, one for each seed.
-        others: the same.
-        one: score of ours, of its cases.
-        other: score of the others.
+        runs: of a method, over the seeds.
+        figure: ``aurc``, ``e_aurc``, ``error`` (the smaller the better) or ``spearman`` (the larger).
     """
-    by_seed = {row["seed"]: row for row in others}
-    pairs = [(row["cases"], by_seed[row["seed"]]["cases"]) for row in ours if row["seed"] in by_seed]
-    tables = [
-        [{name: np.array(values) for name, values in cases.items()} for cases in pair]
-        for pair in pairs
-        if pair[0]["case"] == pair[1]["case"]
-    ]
-    if not tables:
-        return Difference(math.nan, math.nan, math.nan)
-    number, random = len(tables[0][0]["case"]), np.random.default_rng(0)
-
-    def over_seeds(picked: np.ndarray) -> float:
-        some = [[{name: values[picked] for name, values in cases.items()} for cases in pair] for pair in tables]
-        return statistics.mean(one(a) - other(b) for a, b in some)
-
-    drawn = [over_seeds(random.integers(0, number, number)) for _ in range(DRAWS)]
-    return Difference(over_seeds(np.arange(number)), *np.nanpercentile(drawn, (2.5, 97.5)).tolist())
+    if runs[0]["method"] == OURS:
+        return OUR_SCORE
+    known = [score for score, row in runs[0]["scores"].items() if figure in row]
+    choose: Callable[..., str] = max if figure == "spearman" else min
+    return choose(known, key=lambda score: _mean(runs, score, figure))
 
 
-def latest(lines: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The last line of each data set, time, method and seed."""
-    found = {tuple(line[name] for name in ("data", "seconds", "method", "seed")): line for line in lines}
-    return list(found.values())
+def difference(ours: Runs, theirs: Runs) -> tuple[float, float, float]:
+    """How much lower the AURC of ours is: the mean over the seeds, and a 95 % interval by bootstrap over cases.
+
+    Only seeds that both have count; those of a data set have the same cases.
+    """
+    by_seed = [{run["seed"]: run["of_cases"] for run in runs} for runs in (ours, theirs)]
+    pairs = [[of[seed] for of in by_seed] for seed in sorted(by_seed[0].keys() & by_seed[1].keys())]
+    scores = OUR_SCORE, best_score(theirs, "aurc")
+    tables = [[(np.array(of[s]), 1 - np.array(of["dice"])) for of, s in zip(pair, scores)] for pair in pairs]
+
+    def mean(cases: np.ndarray) -> float:
+        areas = [[aurc(sure[cases], risk[cases]) for sure, risk in pair] for pair in tables]
+        return statistics.mean(mine - other for mine, other in areas)
+
+    everything = np.arange(len(tables[0][0][0]))
+    random = np.random.default_rng(0)
+    drawn = [mean(random.choice(everything, len(everything))) for _ in range(RESAMPLED)]
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    return mean(everything), float(low), float(high)
 
 
-def best(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> tuple[str, str]:
-    """Method other than ours, and column, of the least mean."""
-    names = dict.fromkeys(row["method"] for row in rows if row["method"] != OURS)
-
-    def mean(name: str, column: str) -> float:
-        value = statistics.mean(row[column] for row in rows if row["method"] == name)
-        return math.inf if math.isnan(value) else value
-
-    return min(((name, column) for name in names for column in columns), key=lambda both: mean(*both))
+def _values(runs: Runs, figure: str) -> list[float]:
+    score = best_score(runs, figure)
+    return [run["scores"][score][figure] for run in runs]
 
 
-def _table(groups: Mapping[str, list], columns: Mapping[str, tuple[str, int]]) -> Iterator[str]:
-    yield "| " + " | ".join(["method", *(head for head, _ in columns.values()), "seeds"]) + " |"
-    yield "| --- " * (len(columns) + 2) + "|"
-    for name, rows in groups.items():
-        cells = [spread([row[column] for row in rows], digits) for column, (_, digits) in columns.items()]
-        yield f"| {name} | {' | '.join(cells)} | {len(rows)} |"
+def cases_table(groups: dict[str, Runs]) -> list[str]:
+    """Which cases can be trusted."""
+    heads = ["method", "masks", "Dice ↑", "score (AURC)", "AURC ↓", "E-AURC ↓", "correlation ↑", "error ↓"]
+    heads += ["ours − theirs, AURC", "seeds"]
+    lines = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
+    for name, runs in groups.items():
+        cells = [name, str(runs[0]["masks"]), spread(run["dice"] for run in runs), best_score(runs, "aurc")]
+        cells += [spread(_values(runs, figure), 4) for figure in ("aurc", "e_aurc")]
+        cells += [spread(_values(runs, figure)) for figure in ("spearman", "error")]
+        told = ""
+        if name != OURS and OURS in groups:
+            told = "{:+.4f} ({:+.4f} to {:+.4f})".format(*difference(groups[OURS], runs))
+        lines.append("| " + " | ".join([*cells, told, str(len(runs))]) + " |")
+    return [*lines, ""]
 
 
-def _compare(groups: Mapping[str, list], column: str, other: str, other_column: str) -> str:
-    ours, others = groups[OURS], groups[other]
-    found = difference(ours, others, statistic(column), statistic(other_column))
-    digits = 4 if "aurc" in column else 3
-    how = f", {other_column.rpartition('_')[2]}" if "aurc" in column else ""
-    values = (spread([row[name] for row in rows], digits) for rows, name in ((ours, column), (others, other_column)))
-    first, second = values
-    told = f"{found.mean:+.{digits}f} ({found.low:+.{digits}f} to {found.high:+.{digits}f})"
-    return f"{first} | {other}{how} | {second} | {told}"
+def voxels_table(groups: dict[str, Runs]) -> list[str]:
+    """Which voxels can be trusted, and what it costs."""
+    columns = {"ece_band": 4, "ece_band_calibrated": 4, "auroc": 3}
+    costs = {"iterations": 0, "learning_rate": 3, "parameters_m": 2, "seconds_per_image": 3}
+    heads = ["method", "ECE ↓", "ECE, calibrated ↓", "AUROC ↑", "iterations", "learning rate", "parameters, M"]
+    heads += ["seconds / image"]
+    lines = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
+    for name, runs in groups.items():
+        cells = [spread((run[column] for run in runs), digits) for column, digits in columns.items()]
+        cells += [f"{statistics.mean(run[cost] for run in runs):.{digits}f}" for cost, digits in costs.items()]
+        lines.append("| " + " | ".join([name, *cells]) + " |")
+    return [*lines, ""]
 
 
-def _claims(rows: Sequence[Mapping[str, Any]], groups: Mapping[str, list]) -> Iterator[str]:
-    """Ours beside the opponent that is to be beaten in each score."""
-    yield "| score | ours | the best other, or the one to compare with | its value | ours − other, 95 % interval |"
-    yield "| --- | --- | --- | --- | --- |"
-    for name, label in (("aurc", "AURC ↓"), ("e_aurc", "E-AURC ↓")):
-        other, column = best(rows, [f"{name}_{way}" for way in WAYS])
-        yield f"| {label} | {_compare(groups, f'{name}_expected', other, column)} |"
-    for column, other, label in (("ece_band", SCALED, "ECE in the band ↓"), ("auroc", DEEP, "AUROC of wrong pixels ↑")):
-        if other in groups:
-            yield f"| {label} | {_compare(groups, column, other, column)} |"
+def met(groups: dict[str, Runs]) -> dict[str, bool]:
+    """Which of the aims are met on a data set, by the means over the seeds."""
+    ours = groups[OURS]
+    others = [runs for name, runs in groups.items() if name != OURS]
+
+    def mean(runs: Runs, column: str) -> float:
+        return statistics.mean(run[column] for run in runs)
+
+    def below_all(figure: str) -> bool:
+        mine = _mean(ours, OUR_SCORE, figure)
+        return all(mine < _mean(runs, best_score(runs, figure), figure) for runs in others)
+
+    calibrated = mean(ours, "ece_band_calibrated")
+    aims = {
+        "AURC below all others'": below_all("aurc"),
+        "E-AURC below all others'": below_all("e_aurc"),
+        f"correlation ≥ {CORRELATION:g}": _mean(ours, OUR_SCORE, "spearman") >= CORRELATION,
+        f"error ≤ {ERROR:g}": _mean(ours, OUR_SCORE, "error") <= ERROR,
+        "ECE ≤ half of that before calibration": calibrated <= mean(ours, "ece_band") / 2,
+    }
+    if UNET in groups:
+        aims["ECE ≤ UNet's with temperature"] = calibrated <= mean(groups[UNET], "ece_band_calibrated")
+    if FIVE in groups:
+        aims["AUROC ≥ five UNets'"] = mean(ours, "auroc") >= mean(groups[FIVE], "auroc")
+    return aims
 
 
-def _section(rows: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> Iterator[str]:
-    first = rows[0]
-    yield from ("", f"## {first['data']}, {first['seconds']:g} s of training", "")
-    groups = {m: some for m in methods if (some := [row for row in rows if row["method"] == m])}
-    made = sorted({(row["torch"], row["monai"], row["date"]) for row in rows})
-    torch, monai, date = made[-1]
-    yield f"{len(first['cases']['case'])} cases; torch {torch}, MONAI {monai}; {date}."
-    for columns in (RANKS, PIXELS):
-        yield ""
-        yield from _table(groups, columns)
-    if OURS in groups and len(groups) > 1:
-        yield ""
-        yield from _claims(rows, groups)
+def summary(sections: Iterable[tuple[str, dict[str, Runs]]]) -> list[str]:
+    """A table of what is met where."""
+    rows = {title: met(groups) for title, groups in sections if OURS in groups and len(groups) > 1}
+    if not rows:
+        return []
+    aims = list(dict.fromkeys(aim for row in rows.values() for aim in row))
+    lines = ["## What is met", "", f"| data, training | {' | '.join(aims)} |", "|" + " --- |" * (1 + len(aims))]
+    words = {True: "yes", False: "no", None: ""}
+    lines += [f"| {title} | {' | '.join(words[row.get(aim)] for aim in aims)} |" for title, row in rows.items()]
+    return [*lines, ""]
 
 
-def write(results: Path, methods: Sequence[str], page: Path) -> None:
+def latest(lines: Runs) -> Runs:
+    """The last line of each method, data set, seed and time, whatever version and learning rate earlier ones had."""
+    last = {tuple(run[k] for k in ("data", "method", "seed", "seconds")): run for run in lines}
+    return list(last.values())
+
+
+def write(results: Path, page: Path) -> None:
     """Write the page.
 
     Args:
         results: a line for each run.
-        methods: their order.
         page: to write.
     """
-    rows = latest([json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()])
-    text = TEXT.splitlines()
-    for data, seconds in dict.fromkeys((row["data"], row["seconds"]) for row in rows):
-        text += _section([row for row in rows if (row["data"], row["seconds"]) == (data, seconds)], methods)
-    write_atomically(page, ("\n".join(text).rstrip() + "\n").encode())
+    lines = latest([json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()])
+    methods = list(dict.fromkeys(run["method"] for run in sorted(lines, key=lambda run: run["method"] != OURS)))
+    sections = []
+    for data, seconds in dict.fromkeys((run["data"], run["seconds"]) for run in lines):
+        some = [run for run in lines if (run["data"], run["seconds"]) == (data, seconds)]
+        groups = {name: [run for run in some if run["method"] == name] for name in methods}
+        sections.append((f"{data}, {seconds:g} s", {name: runs for name, runs in groups.items() if runs}))
+    text = [*TEXT.splitlines(), "", *summary(sections)]
+    for title, groups in sections:
+        some = [run for runs in groups.values() for run in runs]
+        made = {name: " and ".join(versions(name, some)) for name in ("torch", "monai", "version", "date")}
+        first = some[0]
+        text += [
+            f"## {title}: {first['cases']} cases, {first['held_out']} held out to fit on",
+            "",
+            f"Version {made['version']}, torch {made['torch']}, MONAI {made['monai']}; {made['date']}.",
+            "",
+            *cases_table(groups),
+            *voxels_table(groups),
+        ]
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text("\n".join(text).rstrip() + "\n", encoding="utf-8")

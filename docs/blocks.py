@@ -17,7 +17,7 @@ from benchmarks.results import current, digest, spread
 from medsegdiff_monai.variables import table
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/settings.md", "docs/model_card.md")
+PAGES = ("README.md", "docs/settings.md", "docs/model_card.md", "docs/model_card_lidc.md")
 BLOCK = re.compile(r"(<!-- written: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 AMBIGUITY = {"size": 64, "seconds": 300, "split": "test"}
@@ -41,6 +41,13 @@ TASKS = {  # data and seconds of training
     ("Hippocampus3D", 2700): "hippocampus, MR, 3D",
 }
 METHODS = ("+ FF-Parser", "plain DPM", "MONAI UNet")
+LIDC = {
+    "ged": "generalised energy distance ↓",
+    "matched_iou": "matched IoU ↑",
+    "best_iou": "best IoU for each radiologist ↑",
+    "ncc": "correlation of variance ↑",
+    "dice": "Dice of the mean with the majority ↑",
+}
 SHIPPED = {
     "dice": ("Dice", 3),
     "iou": ("IoU", 3),
@@ -96,6 +103,16 @@ def shipped() -> str:
     return f"{_table(rows)}\n\n{told}\nsha256 of `bundle/models/model.pt`: `{digest(runs)}`."
 
 
+def lidc() -> str:
+    """Scores of the weights for lung nodules, in all and by group of slices."""
+    last = [run for run in _runs("ambiguity.jsonl") if run["method"] == "shipped"][-1]
+    rows = [["slices", "number", *LIDC.values()]]
+    for name, one in {"all": last, **last["groups"]}.items():
+        rows.append([name, str(one["cases"]), *(f"{one[key]:.3f}" for key in LIDC)])
+    told = f"{last['cases']} test slices, {last['members']} masks of one pass each; measured on {last['date']}."
+    return f"{_table(rows)}\n\n{told}\nsha256 of `bundle/models/lidc.pt`: `{last['sha256']}`."
+
+
 def settings() -> str:
     """All variables of the configs."""
     return table(ROOT / "bundle")
@@ -105,6 +122,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "ambiguity": ambiguity,
     "accuracy": accuracy,
     "shipped": shipped,
+    "lidc": lidc,
     "settings": settings,
 }
 

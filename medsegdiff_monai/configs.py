@@ -20,10 +20,10 @@ from monai.utils import OptionalImportError, ensure_tuple
 
 from .errors import InputError, find_input_error, show_input_errors_plainly
 from .kinds import is_place
-from .settings import as_bool
+from .settings import as_bool, tell_of_other_weights
 from .variables import CONFIGS, VARIABLES, find_clashes, recorded, suggest
 
-__all__ = ["OPTIONS_OF_RUN", "as_written", "check", "check_config", "read_config", "to_be_set"]
+__all__ = ["OPTIONS_OF_RUN", "as_written", "check", "check_config", "merge_configs", "read_config", "to_be_set"]
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +91,8 @@ def check(config: str) -> None:
     for name in asked.keys() - {"bundle_root"}:  # which MONAI uses
         if name in VARIABLES and not any(_touch(name, id) for id in used):
             logger.warning(f"{name}: {config}.json does not use it.")
+    if config == "train" and "checkpoint" in workflow.parser and "checkpoint" not in asked:
+        tell_of_other_weights(*map(workflow.parser.get_parsed_content, ("checkpoint", "ckpt_dir")))
     if "variables" in workflow.parser:
         workflow.parser["variables"] = recorded(config, workflow.parser.get())
 
@@ -331,6 +333,18 @@ def read_config(config_file: str | Path | Sequence[str | Path], **override: Any)
     Raises:
         InputError: for a config that is not there or cannot be read, and naming all that is wrong with it.
     """
+    parser = merge_configs(config_file, **override)
+    parser.parse()
+    check_config(parser, Path(str(ensure_tuple(config_file)[0])).stem)
+    return parser
+
+
+def merge_configs(config_file: str | Path | Sequence[str | Path], **override: Any) -> ConfigParser:
+    """Read a config of the bundle and set variables of it, as :func:`read_config` does, and leave the rest unchecked.
+
+    Raises:
+        InputError: for a config that is not there or cannot be read, and parts that it does not have.
+    """
     files = [str(file) for file in ensure_tuple(config_file)]
     parser = ConfigParser(config={ConfigParser.meta_key: {}})
     for file in files:
@@ -340,8 +354,6 @@ def read_config(config_file: str | Path | Sequence[str | Path], **override: Any)
         raise InputError(f"{', '.join(files)}: only variables: name the bundle's config before them.")
     for name, value in override.items():
         _put(parser, name, value, "the command line")
-    parser.parse()
-    check_config(parser, Path(files[0]).stem)
     return parser
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .errors import InputError
-from .metrics import common_voxels
+from .metrics import common_voxels, mask_sizes
 
 __all__ = [
     "FUSIONS",
@@ -26,6 +26,7 @@ __all__ = [
 
 
 MAX_ITERATIONS = 500  # of STAPLE; masks that have something in common take about ten
+CHUNK = 2**22  # voxels for which intermediate results are in memory at a time
 LEVELS = 1024  # thresholds that expected Dice tries; a power of two, so that float32 compares with them exactly
 
 
@@ -83,7 +84,9 @@ def check_fusion(fusion: str) -> str:
 
 def binary_entropy(probability: Tensor) -> Tensor:
     """Entropy in bits of a binary variable with that probability."""
-    return (torch.special.entr(probability) + torch.special.entr(1 - probability)) / np.log(2)
+    entropy = torch.special.entr(1 - probability)
+    entropy += torch.special.entr(probability)  # in place: a field of a large volume takes much memory
+    return entropy.div_(np.log(2))
 
 
 def dice_matrix(masks: Tensor) -> Tensor:
@@ -141,15 +144,13 @@ def expected_dice_threshold(mean: Tensor, votes: Tensor) -> float:
     Returns:
         A multiple of 1 / 1024 in [0, 1]; values above it are in the mask, so that 1 makes it empty.
     """
-    level = (mean.flatten() * LEVELS).ceil().long()  # how many thresholds the value is above
-
-    def above(levels: Tensor) -> Tensor:
-        """How many voxels are in the mask of each threshold, (thresholds,)."""
-        counts = torch.bincount(levels, minlength=LEVELS + 1).cpu()
-        return (len(levels) - counts.cumsum(0)).double()
-
-    common = torch.stack([above(level[vote]) for vote in votes.flatten(1)])
-    total = above(level) + votes.flatten(1).sum(1).cpu().double()[:, None]
+    counts = torch.zeros(len(votes) + 1, LEVELS + 1, dtype=torch.long)  # of all voxels, and of each member's mask
+    for part, voted in zip(mean.flatten().split(CHUNK), votes.flatten(1).split(CHUNK, 1)):
+        level = (part * LEVELS).ceil().long()  # how many thresholds the value is above
+        for count, levels in zip(counts, [level, *(level[vote] for vote in voted)]):
+            count += torch.bincount(levels, minlength=LEVELS + 1).cpu()
+    above = (counts.sum(1, keepdim=True) - counts.cumsum(1)).double()  # voxels in the mask of each threshold
+    common, total = above[1:], above[0] + counts[1:].sum(1, keepdim=True).double()
     dice = torch.where(total > 0, 2 * common / total.clamp(min=1), 1.0).mean(0)
     best = torch.arange(LEVELS + 1)[dice > dice.max() - 1e-12] / LEVELS
     return float(best[(best - 0.5).abs().argmin()])
@@ -215,11 +216,13 @@ class MemberSummary:
         Returns:
             (*spatial) in [0, 1], the largest over the classes; 0 where the members agree.
         """
-        return (binary_entropy(self.mean) - self._entropy / len(self.votes)).clamp(min=0).amax(0)
+        information = binary_entropy(self.mean)
+        information -= self._entropy / len(self.votes)
+        return information.clamp_(min=0).amax(0)
 
     def sizes(self) -> Tensor:
         """Number of voxels of each member's mask, (members, classes), float64."""
-        return self.votes.flatten(2).sum(2).cpu().double()
+        return mask_sizes(self.votes)
 
     def pairwise_dice(self) -> Tensor:
         """Mean Dice over all pairs of members, (classes,), float64; two empty masks agree, one member gives NaN."""
@@ -247,6 +250,11 @@ def _fuse_expected_dice(members: MemberSummary) -> Tensor:
 
 def _moved_to_half(probability: Tensor, threshold: float) -> Tensor:
     """Rescale probabilities below and above a threshold so that it becomes one half; their order stays."""
+    parts = probability.flatten().split(CHUNK)
+    return torch.cat([_rescaled(part, threshold) for part in parts]).reshape(probability.shape)
+
+
+def _rescaled(probability: Tensor, threshold: float) -> Tensor:
     below = 0.5 * probability / max(threshold, 1 / LEVELS)
     above = 0.5 + 0.5 * (probability - threshold) / max(1 - threshold, 1 / LEVELS)
     half = torch.tensor(0.5, device=probability.device)

@@ -23,6 +23,7 @@ __all__ = [
     "hungarian_matched_iou",
     "iou_matrix",
     "known_part",
+    "mask_sizes",
     "masks_and_labels",
     "nested_masks",
     "rater_scores",
@@ -157,6 +158,13 @@ def common_voxels(a: Tensor, b: Tensor) -> Tensor:
     parts = zip(a[:, used].split(PART, 1), b[:, used].split(PART, 1))
     counts = [(x.float() @ y.float().T).cpu().double() for x, y in parts]
     return torch.stack(counts).sum(0)
+
+
+def mask_sizes(masks: Tensor) -> Tensor:
+    """Number of voxels of each mask (members, classes, *spatial): (members, classes), float64, on the CPU."""
+    # one by one: along an axis, torch makes 64 bits of each voxel first
+    counts = [int(mask.count_nonzero()) for mask in masks.flatten(0, 1)]
+    return torch.tensor(counts, dtype=torch.float64).reshape(masks.shape[:2])
 
 
 def iou_matrix(a: Tensor, b: Tensor) -> Tensor:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import nibabel as nib
 import numpy as np
 from PIL import Image
 from torch import Tensor
+
+from .panels import draw_panels
 
 __all__ = ["error_map", "overlay_bytes", "palette_png_bytes"]
 
@@ -18,6 +19,7 @@ COLOURS = np.array(
     dtype=np.uint8,
 )  # background, then one for each label; further labels begin again
 ERRORS = {"false positive": (255, 140, 0), "false negative": (70, 130, 255), "another class": (200, 60, 200)}
+LARGEST = (528, 352)  # width and height of a panel in pixels
 
 
 def _colours(values: Sequence[int] = ()) -> np.ndarray:
@@ -100,8 +102,6 @@ def overlay_bytes(
         members: label maps (1, *spatial) of single members to show, with what stands above each.
         errors: see :func:`error_map`.
     """
-    from matplotlib.figure import Figure
-
     dims = image.ndim - 1
     shown = prediction if truth is None else truth
     index = 0 if dims == 2 else int((shown if shown.any() else prediction)[0].sum(axis=(0, 1), dtype=float).argmax())
@@ -113,57 +113,29 @@ def overlay_bytes(
         plane = _slice(label, dims, index)[..., 0]
         return np.where(plane[..., None] > 0, 0.45 * background + 0.55 * colours[plane], background)
 
-    panels = [("image", background)]
+    panels = {"image": background}
     if truth is not None:
-        panels.append(("ground truth", blend(truth)))
-    panels.append(("prediction", blend(prediction)))
+        panels["ground truth"] = blend(truth)
+    panels["prediction"] = blend(prediction)
     if errors is not None:
-        panels.append(("errors", blend(errors, wrong)))
-    panels.append(("uncertainty (bits)", _slice(uncertainty, dims, index)[..., 0]))
-    rows = [panels] + ([[(name, blend(label)) for name, label in members.items()]] if members else [])
-    figure = Figure(figsize=_figure_size(background, affine, rows), layout="constrained")
-    for axes, row in zip(figure.subplots(len(rows), len(panels), squeeze=False), rows):
-        for axis in axes:
-            axis.set_axis_off()
-        for axis, (name, panel) in zip(axes, row):
-            _draw(axis, name, panel, affine)
+        panels["errors"] = blend(errors, wrong)
+    panels["uncertainty (bits)"] = _slice(uncertainty, dims, index)[..., 0]
+    rows = [panels] + ([{name: blend(label) for name, label in members.items()}] if members else [])
+    upright = [{name: _upright(panel, affine) for name, panel in row.items()} for row in rows]
     legend = {name: colours[value] for value, name in names.items()}
     legend |= dict(zip(list(ERRORS)[: 2 + (len(names) > 1)], wrong[1:])) if errors is not None else {}
-    _add_legend(figure, legend)
-    figure.suptitle(title, fontsize=10)
-    out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=110)
-    return out.getvalue()
+    return draw_panels(upright, _size(background, affine), legend, title)
 
 
-def _add_legend(figure: Any, colours: Mapping[str, np.ndarray]) -> None:
-    from matplotlib.patches import Patch
+def _upright(panel: np.ndarray, affine: np.ndarray) -> np.ndarray:
+    """Rows and columns of a plane (x, y, ...); NIfTI's second axis points up (anterior), a picture's down."""
+    panel = np.swapaxes(panel, 0, 1)
+    return panel if np.allclose(affine, np.eye(4)) or affine[1, 1] < 0 else panel[::-1]
 
-    handles = [Patch(color=tuple(colour), label=name) for name, colour in colours.items()]
-    figure.legend(handles=handles, loc="outside lower center", ncols=max(1, len(handles)), frameon=False)
 
-
-def _figure_size(plane: np.ndarray, affine: np.ndarray, rows: Sequence[Sequence]) -> tuple[float, float]:
-    """Inches of a figure whose panels have the shape of a plane (x, y, 3) of the image."""
+def _size(plane: np.ndarray, affine: np.ndarray) -> tuple[int, int]:
+    """Width and height in pixels of a panel that shows a plane (x, y, 3) of the image."""
     zoom = nib.affines.voxel_sizes(affine)
-    aspect = float(plane.shape[0] * zoom[0] / (plane.shape[1] * zoom[1]))
-    width = np.clip(3.2 * aspect, 1.6, 4.8)
-    height = min(3.2, width / aspect)
-    return width * len(rows[0]) + 0.8, (height + 0.3) * len(rows) + 0.9  # with room for titles and the legend
-
-
-def _draw(axis: Any, name: str, panel: np.ndarray, affine: np.ndarray) -> None:
-    """Draw a panel: colours (x, y, 3), or a map (x, y) of values from 0 to 1."""
-    zoom = nib.affines.voxel_sizes(affine)
-    grey = {"cmap": "magma", "vmin": 0, "vmax": 1} if panel.ndim == 2 else {}
-    drawn = axis.imshow(
-        np.swapaxes(panel, 0, 1),
-        # NIfTI's second axis points up (anterior), a picture's down
-        origin="upper" if np.allclose(affine, np.eye(4)) or affine[1, 1] < 0 else "lower",
-        aspect=zoom[1] / zoom[0],
-        interpolation="nearest",
-        **grey,
-    )
-    axis.set_title(name)
-    if panel.ndim == 2:
-        axis.figure.colorbar(drawn, ax=axis, shrink=0.8)
+    width, height = plane.shape[0] * zoom[0], plane.shape[1] * zoom[1]
+    scale = min(LARGEST[0] / width, LARGEST[1] / height)
+    return max(1, round(width * scale)), max(1, round(height * scale))

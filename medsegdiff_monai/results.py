@@ -6,6 +6,7 @@ import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,13 @@ __all__ = ["CaseWriter"]
 
 logger = logging.getLogger(__name__)
 
+LARGE = 2**24  # voxels of a case that is not kept in memory while the next one is segmented
+
 
 class CaseWriter:
     """Write the results of each case as soon as it is segmented.
+
+    A thread does so, in order, while the next case is segmented; a case of more than ``LARGE`` voxels is waited for.
 
     In ``<output_dir>/<case>/``, as ``outputs`` names them: ``seg`` is ``<case>_seg.nii.gz`` (``_seg.png`` too where the
     input was PNG, JPEG or BMP), ``prob`` ``_prob.nii.gz``, ``uncertainty`` ``_uncertainty_entropy.nii.gz`` and
@@ -82,12 +87,16 @@ class CaseWriter:
         self.split = split
         self.journal = CaseJournal(output_dir)
         self._began = 0.0
+        self._thread = ThreadPoolExecutor(1)
+        self._pending: Future | None = None
         self._fresh: list[dict[str, Any]] = []  # lines of the journal of this run: case, row, structures
         states = ("before calibration", "after calibration")
         self._reliability = {state: ReliabilityCounts(num_classes) for state in states}
 
     def attach(self, engine: Engine) -> None:
         """Attach to an evaluator."""
+        # before the folder is given free
+        engine.add_event_handler(Events.EXCEPTION_RAISED, lambda engine, error: wait(self._unfinished))
         RunGuard(self.output_dir, self._advice).attach(engine)
         engine.add_event_handler(Events.STARTED, lambda: self.open())
         engine.add_event_handler(Events.ITERATION_STARTED, self._begin)
@@ -96,6 +105,7 @@ class CaseWriter:
 
     def _advice(self) -> str:
         """What to do after the run was stopped."""
+        wait(self._unfinished)
         done = f"{len(self._fresh)} cases of this run are finished, in {self.output_dir}: the same command"
         return f"{done} continues with the others." if self.merge else f"{done} starts anew."
 
@@ -117,10 +127,27 @@ class CaseWriter:
         state: Any = engine.state  # lists of items, after MONAI's decollation
         seconds = (time.perf_counter() - self._began) / len(state.output)
         for item, output in zip(state.batch, state.output):
-            self.write(CaseResult(item, output, self.regions, self.record), seconds)
+            self._finish()
+            self._pending = self._thread.submit(self._write_case, item, output, seconds)
+            if output["mask"].numel() > LARGE:
+                self._finish()
+
+    def _write_case(self, item: Mapping[str, Any], output: Mapping[str, Any], seconds: float) -> None:
+        self.write(CaseResult(item, output, self.regions, self.record), seconds)
+
+    @property
+    def _unfinished(self) -> list[Future]:
+        return [] if self._pending is None else [self._pending]
+
+    def _finish(self) -> None:
+        """Wait for the case that is being written, and raise what went wrong with it."""
+        for case in self._unfinished:
+            self._pending = None
+            case.result()
 
     def close(self) -> None:
         """Write structures and report, and sum up in the log."""
+        self._finish()
         self._fresh = gather(self._fresh)
         for counts in self._reliability.values():
             counts.counts = torch.as_tensor(idist.all_reduce(counts.counts))

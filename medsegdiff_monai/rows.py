@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from .cleanup import clean
 from .grading import Grade
-from .metrics import boundary_band, expected_calibration_error, known_part, rater_scores
+from .metrics import boundary_band, expected_calibration_error, known_part, mask_sizes, rater_scores
 
 __all__ = [
     "BAND",
@@ -85,7 +85,7 @@ def size_row(case: Case) -> Row:
     unit = float(np.prod(case.spacing))
     row: Row = {f"{column}_{n}": _short(float(m.sum()) * unit) for n, m in zip(case.names, case.mask)}
     if len(case.member_masks) > 1:
-        spread = case.member_masks.flatten(2).sum(2).double().std(0) * unit
+        spread = mask_sizes(case.member_masks).std(0) * unit
         row |= {f"{column}_std_{n}": _short(float(s)) for n, s in zip(case.names, spread)}
     return row
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,7 +10,9 @@ import torch
 
 from .errors import InputError
 
-__all__ = ["amp_dtype", "as_bool", "default_device", "field_size", "find_bundle_root"]
+__all__ = ["amp_dtype", "as_bool", "default_device", "field_size", "find_bundle_root", "tell_of_other_weights"]
+
+logger = logging.getLogger(__name__)
 
 
 def as_bool(value: bool | str) -> bool:
@@ -79,4 +82,13 @@ def find_bundle_root() -> str:
             return str(root)
     raise InputError(
         f"bundle_root: there is no bundle in {Path.cwd()}: give --bundle_root DIR, the folder that holds configs/."
+    )
+
+
+def tell_of_other_weights(checkpoint: str | Sequence[str], ckpt_dir: str) -> None:
+    """Say what an overlay that names finished weights means for a training, which neither reads nor writes them."""
+    written = f"{ckpt_dir}/model.pt"
+    logger.warning(
+        f"checkpoint: the overlay names {checkpoint}, which training neither reads nor writes. It writes {written}: to "
+        f"evaluate or segment with that, add --checkpoint {written}."
     )

@@ -22,6 +22,9 @@ COLUMNS = (
 )  # fmt: skip
 
 
+Region = tuple[np.ndarray, ...]  # a component's voxels, as an index of an array
+
+
 def structures(
     names: Sequence[str], masks: Tensor, member_masks: Tensor, probability: Tensor, affine: np.ndarray, unit: str = "mm"
 ) -> list[dict[str, Any]]:
@@ -44,57 +47,48 @@ def structures(
     """
     rows = []
     for k, name in enumerate(names):
-        mask, members = masks[k].cpu() > 0, member_masks[:, k].cpu()
-        anywhere = _components((members.any(0) | mask).numpy(), affine)
-        missed = [region for region in anywhere if not mask[region.voxels].any()]
-        for kind, regions in (("in the mask", _components(mask.numpy(), affine)), ("possible miss", missed)):
+        mask, members, likely = (np.asarray(x.cpu()) for x in (masks[k] > 0, member_masks[:, k], probability[k]))
+        missed = [region for region in _components(members.any(0) | mask) if not mask[region].any()]
+        for kind, regions in (("in the mask", _components(mask)), ("possible miss", missed)):
             for number, region in enumerate(regions, start=1):
-                said = _said(region, members, probability[k].cpu())
-                rows.append({"class": name, "structure": number, "kind": kind, **region.row(affine, unit), **said})
+                found = {**_measured(region, affine, unit), **_said(region, members, likely)}
+                rows.append({"class": name, "structure": number, "kind": kind, **found})
     return rows
 
 
-class _Region:
-    """A component: its voxels as an index, (axes) of arrays, and its largest diameter."""
-
-    def __init__(self, voxels: tuple[np.ndarray, ...], diameter: float) -> None:
-        self.voxels = voxels
-        self.diameter = diameter
-
-    def row(self, affine: np.ndarray, unit: str) -> dict[str, Any]:
-        centre = np.mean(self.voxels, axis=1)
-        dims = len(centre)
-        place = affine @ np.array([*centre, *[0.0] * (3 - dims), 1.0])
-        step = np.linalg.norm(affine[:3, :dims], axis=0).prod() if unit == "mm" else 1.0
-        return {
-            "voxels": (count := len(self.voxels[0])),
-            "size": round(float(count * step), 3),
-            "unit": unit,
-            "largest_diameter": round(self.diameter, 2),
-            "centre_voxel": " ".join(f"{x:.1f}" for x in centre),
-            "centre_mm": " ".join(f"{x:.1f}" for x in place[:3]) if unit == "mm" else "",
-        }
+def _measured(region: Region, affine: np.ndarray, unit: str) -> dict[str, Any]:
+    centre = np.mean(region, axis=1)
+    dims = len(centre)
+    place = affine @ np.array([*centre, *[0.0] * (3 - dims), 1.0])
+    steps = affine[:3, :dims]
+    size = np.linalg.norm(steps, axis=0).prod() if unit == "mm" else 1.0
+    return {
+        "voxels": (count := len(region[0])),
+        "size": round(float(count * size), 3),
+        "unit": unit,
+        "largest_diameter": round(_diameter(np.transpose(region) @ steps.T), 2) if count > 1 else 0.0,
+        "centre_voxel": " ".join(f"{x:.1f}" for x in centre),
+        "centre_mm": " ".join(f"{x:.1f}" for x in place[:3]) if unit == "mm" else "",
+    }
 
 
-def _said(region: _Region, members: Tensor, probability: Tensor) -> dict[str, float]:
-    inside = probability[region.voxels].float()
-    have = torch.stack([member[region.voxels].any() for member in members])
+def _said(region: Region, members: np.ndarray, probability: np.ndarray) -> dict[str, float]:
+    inside = torch.from_numpy(probability[region]).float()
     return {
         "mean_probability": round(float(inside.mean()), 4),
-        "share_of_members": round(float(have.float().mean()), 4),
+        "share_of_members": round(float(np.mean([member[region].any() for member in members])), 4),
         "mean_entropy_bits": round(float(binary_entropy(inside).mean()), 4),
     }
 
 
-def _components(mask: np.ndarray, affine: np.ndarray) -> list[_Region]:
+def _components(mask: np.ndarray) -> list[Region]:
     """The components of a mask, the largest first."""
     labelled, _ = ndimage.label(mask, np.ones([3] * mask.ndim))
     found = []
     for number, box in enumerate(ndimage.find_objects(labelled), start=1):
         inside = np.nonzero(labelled[box] == number)
         found.append(tuple(axis + part.start for axis, part in zip(inside, box)))
-    steps = affine[:3, : mask.ndim]
-    return [_Region(v, _diameter(np.transpose(v) @ steps.T)) for v in sorted(found, key=lambda v: -len(v[0]))]
+    return sorted(found, key=lambda region: -len(region[0]))
 
 
 def _diameter(points: np.ndarray) -> float:

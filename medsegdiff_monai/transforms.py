@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from itertools import chain, count
 from typing import Any
@@ -92,7 +93,7 @@ class Regions:
         Exclusive classes compete by arg-max, the background having 1 - max; overlapping regions are cut at one half.
         """
         above = probability > 0.5  # the same as winning against the background
-        if not self.exclusive:
+        if not self.exclusive or len(probability) == 1:
             return above
         winner = torch.zeros_like(above).scatter_(0, probability.argmax(0, keepdim=True), True)
         return above & winner
@@ -281,12 +282,12 @@ class FuseMembersd(MapTransform):
         first = next(members)
         plain = (m.as_tensor() if isinstance(m, MetaTensor) else m for m in chain([first], members))
         summary = MemberSummary(plain, self.regions.binarise)
-        masks = self.regions.binarise(summary.fuse(self.fusion))
-        probability = summary.mean if self.calibrate is None else self.calibrate(summary.mean[None])[0]
+        masks, mean = self.regions.binarise(summary.fuse(self.fusion)), summary.mean
+        probability = mean.clone() if self.calibrate is None else self.calibrate(mean[None])[0]
         maps = {
             key: self.regions.label_map(masks),
             "mask": masks.float(),
-            "mean": summary.mean,
+            "mean": mean,
             "prob": probability,
             "uncertainty_entropy": binary_entropy(probability).amax(0, keepdim=True),
             "uncertainty_mi": summary.mutual_information()[None],
@@ -303,5 +304,7 @@ class FuseMembersd(MapTransform):
     def _member(self, data: dict[Hashable, Tensor], key: Hashable, member: Tensor) -> Tensor:
         """A member's probabilities (classes, *spatial) on the grid of the input."""
         if self.invert is not None:
-            member = self.invert({**data, key: member})[key]
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "inverse has been called")  # where nothing was to be undone
+                member = self.invert({**data, key: member})[key]
         return member.clamp(0, 1)  # interpolation may overshoot

@@ -9,10 +9,13 @@ import torch
 from monai.data.utils import compute_importance_map, dense_patch_slices
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
+from tqdm import tqdm
 
 from .objective import soft_jaccard_distance
 
 __all__ = ["MemberWindows", "best_match"]
+
+PATIENCE = 5.0
 
 
 def best_match(members: Tensor, reference: Tensor) -> Tensor:
@@ -40,9 +43,14 @@ class MemberWindows:
         roi_size: size of a window.
         sw_batch_size: windows that are segmented at a time.
         overlap: share by which windows overlap.
+
+    Attributes:
+        shows_progress: whether there is a bar over the windows, with the time left, where a volume takes longer than
+            ``PATIENCE`` seconds; by default not.
     """
 
     mode = "gaussian"
+    shows_progress = False
 
     def __init__(self, roi_size: Sequence[int], sw_batch_size: int = 1, overlap: float = 0.5) -> None:
         self.roi_size = tuple(roi_size)
@@ -69,7 +77,9 @@ class MemberWindows:
         importance = compute_importance_map(self.roi_size, mode=self.mode, device=image.device)
         total, weight = torch.zeros_like(noise), torch.zeros(image.shape[2:]).to(noise)
         windows = self._windows(image.shape[2:])
-        for some in (windows[i : i + self.sw_batch_size] for i in range(0, len(windows), self.sw_batch_size)):
+        batches = [windows[i : i + self.sw_batch_size] for i in range(0, len(windows), self.sw_batch_size)]
+        bar = {"leave": False, "delay": PATIENCE, "dynamic_ncols": True, "disable": not self.shows_progress}
+        for some in tqdm(batches, desc="Windows", **bar):
             crops = [torch.cat([x[window] for window in some]) for x in (image, noise)]
             for window, out in zip(some, segment(*crops).split(len(image))):
                 before, known = total[window], weight[window]

@@ -23,6 +23,7 @@ from benchmarks import (
     figures,
     lidc,
     peers,
+    profile,
     results,
     sampling,
     ssn,
@@ -531,3 +532,28 @@ def test_ambiguity_scores_the_weights_of_the_bundle_by_group(tmp_path, monkeypat
     weighed = (groups["marked by 1"]["ged"] + 5 * groups["marked by 2"]["ged"]) / 6
     assert weighed == pytest.approx(row["ged"], abs=1e-4)
     assert f"| marked by 2 | 5 | {groups['marked by 2']['ged']:.3f} |" in page.read_text("utf-8")
+
+
+REPORT = """import time: self [us] | cumulative | imported package
+import time:      1500 |       2000 |   jinja2.lexer
+import time:       500 |       9000 | jinja2
+import time:      7000 |       7000 | torch
+warning of something else
+"""
+
+
+def test_profile_counts_imports_by_package_and_compares_versions(tmp_path, monkeypatch):
+    assert profile.import_times(REPORT, known=["torch"]) == {"jinja2": 2.0}
+    seconds = {profile.FLOOR: 2.0, "--help": 0.5}
+
+    def run(words, tree, **environment):
+        slower = 2 if tree == tmp_path else 1
+        return seconds[profile.FLOOR] if words[-1] == profile.FLOOR else seconds["--help"] * slower, REPORT
+
+    monkeypatch.setattr(profile, "run", run)
+    monkeypatch.setattr(profile, "functions", lambda: {"cases.picture": 0.25})
+    monkeypatch.setattr(profile, "operators", lambda: {"aten::convolution": 0.5})
+    call(monkeypatch, profile, "--before", tmp_path, "--rounds", 2, "--output", tmp_path / "page.md")
+    text = (tmp_path / "page.md").read_text()
+    assert "| medsegdiff --help | 0.50 | 0.25 |" in text and "| jinja2 | 2 |" in text
+    assert "| cases.picture | 0.25 |" in text and "| aten::convolution | 50% |" in text

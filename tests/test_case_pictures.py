@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,8 +10,10 @@ import pytest
 import torch
 from ignite.engine import Engine
 from monai.data import MetaTensor
+from PIL import Image
 
 from medsegdiff_monai.handlers import ValidationPictures
+from medsegdiff_monai.panels import draw_panels
 from medsegdiff_monai.pictures import ERRORS, error_map, overlay_bytes
 
 
@@ -32,27 +35,13 @@ def test_nested_classes_are_each_right_or_wrong():
 @pytest.fixture
 def drawn(monkeypatch):
     """Panels by their titles, entries of the legend, and the title, of pictures that are made."""
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    seen = {}
 
-    seen = {"panels": {}, "legend": {}, "title": ""}
-    shown, title = Axes.imshow, Axes.set_title
+    def draw(rows, size, legend, title):
+        seen.update(panels={name: panel for row in rows for name, panel in row.items()}, legend=legend, title=title)
+        return draw_panels(rows, size, legend, title)
 
-    def imshow(axis, image, **more):
-        axis._shown = image
-        return shown(axis, image, **more)
-
-    def set_title(axis, text):
-        seen["panels"][text] = axis._shown
-        return title(axis, text)
-
-    def legend(figure, handles, **more):
-        seen["legend"] = {patch.get_label(): tuple(patch.get_facecolor()[:3]) for patch in handles}
-
-    monkeypatch.setattr(Axes, "imshow", imshow)
-    monkeypatch.setattr(Axes, "set_title", set_title)
-    monkeypatch.setattr(Figure, "legend", legend)
-    monkeypatch.setattr(Figure, "suptitle", lambda figure, text, **more: seen.update(title=text))
+    monkeypatch.setattr("medsegdiff_monai.pictures.draw_panels", draw)
     return seen
 
 
@@ -71,7 +60,7 @@ def test_each_kind_of_error_has_its_colour_in_picture_and_legend(drawn):
     assert list(legend) == ["disc", "false positive", "false negative"]
     assert np.allclose(panel[2, 1], 0.55 * np.array(legend["false positive"]))
     assert np.allclose(panel[3, 4], 0.55 * np.array(legend["false negative"]))
-    assert np.count_nonzero(panel.any(-1)) == 2 and len({*legend.values()}) == 3
+    assert np.count_nonzero(panel.any(-1)) == 2 and len(set(map(tuple, legend.values()))) == 3
     picture({1: "disc", 2: "cup"}, found, wanted)
     assert list(drawn["legend"])[2:] == list(ERRORS)
 
@@ -89,3 +78,34 @@ def test_pictures_of_a_validation_say_the_dice_and_show_the_errors(drawn, tmp_pa
     assert drawn["title"] == "a   epoch 3   Dice: disc 0.857, cup 1.000"
     assert "errors" in drawn["panels"] and {"false positive", "false negative"} < drawn["legend"].keys()
     assert (tmp_path / "validation" / "epoch_003" / "a.png").is_file()
+
+
+def pixels(rows, size=(40, 30), legend=None, title="case"):
+    return np.asarray(Image.open(io.BytesIO(draw_panels(rows, size, legend or {}, title))))
+
+
+def count(picture, colour):
+    return int((picture == colour).all(-1).sum())
+
+
+def test_panels_are_enlarged_and_legend_and_colour_bar_are_drawn():
+    colours = np.zeros((3, 4, 3))
+    colours[1, 2] = (1, 0, 0)
+    drawn = pixels([{"a": colours}], legend={"red": (1, 0, 0)})
+    assert count(drawn, (255, 0, 0)) == 10 * 10 + 31 * 13  # a pixel of 40 x 30 for 4 x 3, and the legend's patch
+    plain = pixels([{"a": colours}])
+    assert count(plain, (255, 0, 0)) == 100 and plain.shape[0] < drawn.shape[0]
+    scaled = pixels([{"a": np.zeros((3, 4))}])
+    assert scaled.shape[1] > plain.shape[1] and (np.ptp(scaled, -1) > 50).any()  # the colour map
+
+
+@pytest.mark.parametrize("title", ["$x_1$", "Größe Ωж", "a\nb", "x" * 300, "", "\udcff"])
+def test_any_name_of_a_case_can_be_drawn(title):
+    drawn = pixels([{"a": np.zeros((3, 4, 3))}, {"b": np.full((3, 4), np.nan)}], title=title)
+    assert drawn.ndim == 3 and (not title or drawn[:30].min() < 128)
+
+
+def test_many_classes_and_narrow_images_have_room():
+    legend = {f"class number {i}": (0, 0, i / 50) for i in range(1, 50)}
+    drawn = pixels([{"a": np.zeros((3, 4, 3)), "b": np.zeros((3, 4, 3))}], (2, 352), legend)
+    assert drawn.shape[1] < 600 and all(count(drawn, (0, 0, round(255 * i / 50))) >= 31 * 13 for i in range(1, 50))

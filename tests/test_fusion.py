@@ -275,3 +275,14 @@ def test_members_are_inverted_one_by_one():
     assert seen == [(2, 5, 7)] * 3
     for name, value in together.items():
         torch.testing.assert_close(single[name], value)
+
+
+@pytest.mark.parametrize("fusion", ["expected_dice", "mean", "vote"])
+def test_parts_of_a_volume_are_fused_as_the_whole(fusion, monkeypatch):
+    """Large volumes are taken in parts where it saves memory; that changes no bit."""
+    torch.manual_seed(0)
+    members = [torch.rand(2, 7, 9, 5) ** 2 for _ in range(4)]
+    whole = MemberSummary(members)
+    expected = whole.fuse(fusion)
+    monkeypatch.setattr("medsegdiff_monai.fusion.CHUNK", 13)
+    assert torch.equal(MemberSummary(members).fuse(fusion), expected)

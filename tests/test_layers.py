@@ -16,7 +16,8 @@ PACKAGE = Path(medsegdiff_monai.__file__).parent
 LAYERS = (
     "cli distributed errors files journal kinds nifti outputs running settings variables",
     "networks schedulers",
-    "deep_ensemble engines ensembles fusion grading inferers metrics objective pictures structures weights windows",
+    "deep_ensemble engines ensembles fusion grading inferers metrics objective panels pictures structures weights "
+    "windows",
     "cleanup data raters transforms",
     "cases handlers report results rows",
     "__init__ __main__ configs demo export package segmenter workflow",

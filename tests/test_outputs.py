@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from ignite.engine import Engine
+from ignite.engine import Engine, Events
 from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 from PIL import Image
@@ -25,6 +26,7 @@ from medsegdiff_monai.inferers import ANTITHETIC
 from medsegdiff_monai.journal import CaseJournal, file_stamps
 from medsegdiff_monai.metrics import expected_calibration_error, generalised_energy_distance, rater_scores
 from medsegdiff_monai.outputs import OUTPUTS, check_outputs, output_files
+from medsegdiff_monai.panels import draw_panels
 from medsegdiff_monai.pictures import overlay_bytes
 from medsegdiff_monai.results import CaseWriter
 from medsegdiff_monai.transforms import FuseMembersd
@@ -324,15 +326,67 @@ def test_report_of_a_best_epoch_without_a_metric_that_came_later():
     assert report._scores(rows)[-1] == "| val_ged | nan | 0.3000 |"
 
 
+# --- written in a thread
+
+
+def segmenting(tmp_path, written, number: int = 4, failing: int | None = None):
+    """An engine that segments cases 0, 1, ... with a writer whose writing of one case may fail."""
+    engine = Engine(lambda engine, batch: [{"mask": torch.zeros(1, 2, 2)}])
+    writer = CaseWriter(str(tmp_path / "out"), 1, merge=True)
+
+    def write(item, output, seconds):
+        if item["case"] == failing:
+            raise InputError("the disk is full")
+        written.append((item["case"], threading.current_thread() is threading.main_thread()))
+
+    writer._write_case = write
+    writer.attach(engine)
+
+    @engine.on(Events.ITERATION_COMPLETED)
+    def stop(engine):
+        if engine.state.iteration == number:
+            raise KeyboardInterrupt
+
+    return engine
+
+
+def test_cases_are_written_in_order_while_the_next_one_is_segmented(tmp_path):
+    written = []
+    with pytest.raises(KeyboardInterrupt):
+        segmenting(tmp_path, written).run([[{"case": i}] for i in range(9)])
+    # the one before the stop is waited for
+    assert written == [(i, False) for i in range(4)] and not (tmp_path / "out" / ".lock").exists()
+
+
+def test_a_case_that_cannot_be_written_ends_the_run_and_the_ones_before_stay(tmp_path):
+    written = []
+    with pytest.raises(InputError, match="the disk is full"):
+        segmenting(tmp_path, written, 9, failing=2).run([[{"case": i}] for i in range(9)])
+    assert [case for case, _ in written] == [0, 1]
+
+
+def test_large_cases_are_written_before_the_next_one_begins(tmp_path, monkeypatch):
+    monkeypatch.setattr("medsegdiff_monai.results.LARGE", 3)
+    written, begun = [], []
+    engine = segmenting(tmp_path, written)
+    engine.add_event_handler(Events.ITERATION_STARTED, lambda: begun.append(len(written)))
+    with pytest.raises(KeyboardInterrupt):
+        engine.run([[{"case": i}] for i in range(9)])
+    assert begun == [0, 1, 2, 3]
+
+
 # --- the picture
 
 
 def panels(monkeypatch, **settings: Any) -> list[str]:
     """Titles of the panels of a picture."""
-    from matplotlib.axes import Axes
-
     shown = []
-    monkeypatch.setattr(Axes, "set_title", lambda self, title: shown.append(title))
+
+    def draw(rows, *more):
+        shown[:] = [name for row in rows for name in row]
+        return draw_panels(rows, *more)
+
+    monkeypatch.setattr("medsegdiff_monai.pictures.draw_panels", draw)
     label = np.zeros((1, 12, 10), np.uint8)
     label[0, 3:6, 3:6] = 1
     arguments = {"prediction": label, "uncertainty": label * 0.5, "truth": None, "affine": np.eye(4)}

@@ -93,6 +93,13 @@ def test_holds_the_bundle_and_this_code_and_nothing_else(root, tmp_path, capsys)
     assert sorted(p.name for p in (tmp_path / "dist").iterdir()) == sorted([NAME, archive.name])
 
 
+def test_holds_weights_that_an_overlay_names(root, tmp_path):
+    overlay, name = next(iter(package.FURTHER.items()))
+    write_weights(root / name, json.loads((root / overlay).read_text()))
+    folder, _ = package_bundle(str(tmp_path), str(root))
+    assert (folder / name).read_bytes() == (root / name).read_bytes()
+
+
 def test_is_the_same_byte_for_byte(root, tmp_path):
     _, first = package_bundle(str(tmp_path / "first"), str(root))
     for file in root.rglob("*"):

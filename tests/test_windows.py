@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from ignite.engine import Engine
 from monai.inferers import SlidingWindowInferer
 
+from medsegdiff_monai import windows
+from medsegdiff_monai.handlers import CaseProgress
 from medsegdiff_monai.inferers import DiffusionEnsembleInferer
 from medsegdiff_monai.schedulers import DDIMScheduler
 from medsegdiff_monai.windows import best_match
@@ -64,3 +67,19 @@ def test_classes_are_matched_together():
 
     members = inferer(num_classes=2, num_members=2)(torch.rand(1, 1, 20, 20), opinionated).unflatten(1, (2, 2))
     assert torch.allclose(members[:, :, 0] + members[:, :, 1], torch.ones(()))
+
+
+def test_a_volume_that_takes_long_has_a_bar_over_its_windows(capsys, monkeypatch):
+    """In inference, whose handler asks for it, and nowhere else."""
+    monkeypatch.setattr(windows, "PATIENCE", 0)
+    drawn = inferer(num_classes=1, num_members=2)
+    image = torch.rand(1, 1, 12, 8)
+    drawn(image, lambda x, *_: x)
+    assert capsys.readouterr().err == ""
+    engine = Engine(lambda engine, batch: drawn(image, lambda x, *_: x))
+    engine.inferer = drawn
+    cases = type("Cases", (list,), {"faults": []})([0])
+    CaseProgress(cases).attach(engine)
+    engine.run([0])
+    shown = capsys.readouterr().err
+    assert "Windows" in shown and "0/2" in shown and "Segment" in shown

@@ -84,6 +84,8 @@ def test_a_wheel_is_complete(tmp_path):
         assert done.returncode == 0, done.stderr
     assert (tmp_path / "out" / "a" / "a_seg.nii.gz").is_file()
     assert (tmp_path / "mine" / "models" / "model.pt").is_file()
+    names = ("dataset.json", "ATTRIBUTION.md", "images/0409_n5_00.png", "raters/4/0409_n5_00.png")
+    assert all((tmp_path / "site" / "medsegdiff_monai" / "lidc" / name).is_file() for name in names)
     code = "import medsegdiff_monai; print(medsegdiff_monai.__file__)"
     where = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert where.stdout.startswith(str(tmp_path))

@@ -1,6 +1,7 @@
 """Start MONAI Label with the bundle: ``make label``.
 
-``python -m examples.label [--studies DIR] [--work DIR] [--app active_learning|monaibundle] [--bundle DIR] [--port N]``
+``python -m examples.label [--studies DIR] [--work DIR] [--app active_learning|monaibundle] [--bundle DIR] [--port N]
+[--origins 'https://HOST ...']``
 """
 
 from __future__ import annotations
@@ -17,7 +18,12 @@ from .studies import write_demo_studies
 
 
 def main(
-    studies: str = "", work: str = "label_output", app: str = "active_learning", bundle: str = "", port: int = 8000
+    studies: str = "",
+    work: str = "label_output",
+    app: str = "active_learning",
+    bundle: str = "",
+    port: int = 8000,
+    origins: str = "",
 ) -> None:
     """Serve the bundle on loopback until interrupted.
 
@@ -27,8 +33,10 @@ def main(
         app: ``active_learning``, or MONAI Label's own ``monaibundle``, which knows no ranking by uncertainty.
         bundle: folder of the bundle to serve; by default the one of this repository.
         port: port to listen on.
+        origins: of other web pages that may ask the server, such as ``https://viewer.example``, with spaces between.
     """
     folder = Path(work)
+    environment = server_environment(folder, origins)
     command = server_command(folder, studies or folder / "studies", app, port, bundle)
     if not studies:
         write_demo_studies(folder / "studies")
@@ -36,13 +44,13 @@ def main(
     print(f"MONAI Label: http://127.0.0.1:{port} (end it with Ctrl+C)")
     print("It answers whoever reaches that address, without a login: docs/label.md, Security")
     sys.stdout.flush()
-    os.execve(command[0], command, server_environment(folder))  # so that a signal reaches the server itself
+    os.execve(command[0], command, environment)  # so that a signal reaches the server itself
 
 
 def parse() -> dict[str, str | int]:
     """The options that were given, as they were typed."""
     parser = argparse.ArgumentParser("python -m examples.label", argument_default=argparse.SUPPRESS)
-    for name in ("studies", "work", "app", "bundle"):
+    for name in ("studies", "work", "app", "bundle", "origins"):
         parser.add_argument(f"--{name}")
     parser.add_argument("--port", type=int)
     return vars(parser.parse_args())

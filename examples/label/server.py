@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -14,6 +16,7 @@ ROOT = Path(__file__).parents[2]
 MODEL = "medsegdiff"
 STOCK_APPS = Path(sys.prefix) / "monailabel" / "sample-apps"
 OWN_APPS = Path(__file__).parent
+WEB = "examples.label.serving.web:app"
 
 
 def server_command(
@@ -48,29 +51,44 @@ def server_command(
         )
     shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__", "logs", "model"), dirs_exist_ok=True)
     if not served.exists():
-        outputs = shutil.ignore_patterns("train", "eval", "inference", "checkpoint_epoch=*.pt")
+        # MONAI Label offers all weights in the folder, the shortest name first; those are another network's
+        outputs = shutil.ignore_patterns("train", "eval", "inference", "checkpoint_epoch=*.pt", "lidc.pt")
         served.parent.mkdir(exist_ok=True)
         with TemporaryDirectory(dir=served.parent) as unfinished:  # a copy that is interrupted is not served
             shutil.copytree(origin, Path(unfinished) / MODEL, ignore=outputs).rename(served)
     command = [sys.executable, "-m", "monailabel.main", "start_server", "--app", str(target), "--studies", str(studies)]
     command += ["--host", "127.0.0.1", "--port", str(port)]
+    if source.parent == OWN_APPS:
+        command += ["--uvicorn_app", WEB]
     # the model is here already: with another source the app would ask the internet for its list of models
     for key, value in (("models", MODEL), ("zoo_source", "local"), ("sam2", "false")):
         command += ["--conf", key, value]
     return command
 
 
-def server_environment(work: str | Path) -> dict[str, str]:
+def server_environment(work: str | Path, origins: str = "") -> dict[str, str]:
     """This process's environment, with what suits the bundle where MONAI Label's settings are not given.
 
     Args:
         work: folder to keep series from DICOMweb and uploaded studies in, rather than in the home folder.
+        origins: of web pages, other than the server's own, that may ask it, with spaces between them.
+
+    Raises:
+        InputError: for an origin that is none.
     """
+    given = dict(os.environ)
+    # version 0.8.5 does not start where this is set
+    origins = " ".join([origins, *json.loads(given.pop("MONAI_LABEL_CORS_ORIGINS", "[]"))]).strip()
+    for origin in origins.split():
+        if not re.fullmatch(r"https?://[^/*]+", origin):
+            raise InputError(f"origin {origin!r}: must be scheme and host, such as https://viewer.example:8443.")
     settings = {
         "MONAI_LABEL_DICOMWEB_SEARCH_FILTER": '{"Modality": "MR"}',  # its default is CT
         "MONAI_LABEL_DICOMWEB_CACHE_PATH": str(Path(work).resolve() / "dicom"),
         "MONAI_LABEL_SESSION_PATH": str(Path(work).resolve() / "sessions"),
+        "MEDSEGDIFF_LABEL_ORIGINS": origins,
     }
     # dcmqi is installed beside Python; where MONAI Label does not find it, it downloads it
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    return {**settings, **os.environ, "PATH": path}
+    path = os.pathsep.join([str(Path(sys.executable).parent), given.get("PATH", "")])
+    modules = os.pathsep.join(filter(None, [str(ROOT), given.get("PYTHONPATH", "")]))
+    return {**settings, **given, "PATH": path, "PYTHONPATH": modules}

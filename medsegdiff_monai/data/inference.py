@@ -7,6 +7,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -123,8 +124,20 @@ def _collate(batch: list) -> Any:
     return batch[0] if isinstance(batch[0], InputError) else list_data_collate(batch)
 
 
+def _one_ahead(batches: Iterator[Any]) -> Iterator[Any]:
+    """Get each item in a thread while the one before is used."""
+    end = object()
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, batches, end)
+        while (batch := coming.result()) is not end:
+            coming = thread.submit(next, batches, end)
+            yield batch
+
+
 class CaseLoader(DataLoader):
-    """Load one case at a time; those that cannot be read are named at once, and left out.
+    """Load one case at a time, in a thread while the one before is segmented.
+
+    Those that cannot be read are named when it is their turn, and left out.
 
     How many are left is not known before, and so it has no length.
 
@@ -143,7 +156,7 @@ class CaseLoader(DataLoader):
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         """Load the cases that can be."""
-        for batch in super().__iter__():
+        for batch in _one_ahead(super().__iter__()):
             if isinstance(batch, InputError):
                 self.cases.leave_out(batch)
             else:

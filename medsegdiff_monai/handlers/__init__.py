@@ -4,7 +4,7 @@ from ..files import write_atomically
 from .calibration import FitCalibration
 from .checkpoints import TrainingCheckpoint
 from .history import TrainingHistory
-from .progress import CaseProgress, TrainingProgress
+from .progress import CaseProgress, ExpectedDuration, TrainingProgress
 from .safety import GradientClipping, GradientScaling, PlainErrors, StopOnBadLoss
 from .seeding import EpochSeeding
 from .stopping import EarlyStopping
@@ -21,6 +21,7 @@ __all__ = [
     "EarlyStopping",
     "EnergyDistance",
     "EpochSeeding",
+    "ExpectedDuration",
     "FitCalibration",
     "GradientClipping",
     "GradientScaling",

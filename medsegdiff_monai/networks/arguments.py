@@ -12,6 +12,8 @@ __all__ = [
     "Level",
     "check_at_least_one",
     "check_choice",
+    "check_dropout",
+    "check_flags",
     "default_levels",
     "one_each",
     "read_levels",
@@ -48,6 +50,26 @@ def check_choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
     if value not in allowed:
         choice = " or ".join(map(str, allowed)) if len(allowed) == 2 else f"one of {tuple(allowed)}"
         raise InputError(f"{name}={value!r} must be {choice}.")
+
+
+def check_flags(**flags: bool) -> None:
+    """Refuse flags that are neither true nor false, such as texts.
+
+    Raises:
+        InputError: naming argument and value.
+    """
+    for name, flag in flags.items():
+        check_choice(name, flag, (False, True))
+
+
+def check_dropout(dropout: float) -> None:
+    """Refuse a probability of dropout below 0, or from 1 on.
+
+    Raises:
+        InputError: naming the value.
+    """
+    if not 0 <= dropout < 1:
+        raise InputError(f"dropout={dropout} must be at least 0 and below 1.")
 
 
 def check_at_least_one(**numbers: int) -> None:

@@ -11,8 +11,17 @@ from monai.networks.layers.factories import Conv
 from monai.networks.nets.diffusion_model_unet import get_timestep_embedding
 from torch import Tensor, nn
 
-from ..errors import InputError
-from .arguments import PREDICTION_TYPES, Level, check_at_least_one, check_choice, one_each, read_levels, read_mask_level
+from .arguments import (
+    PREDICTION_TYPES,
+    Level,
+    check_at_least_one,
+    check_choice,
+    check_dropout,
+    check_flags,
+    one_each,
+    read_levels,
+    read_mask_level,
+)
 from .blocks import Downsample, First, MaskGate, Stage, Upsample, group_norm
 from .dynamic_conditioning import Fusion
 from .record import TrainingRecord
@@ -104,17 +113,14 @@ class MedSegDiffUNet(nn.Module):
         check_choice("spatial_dims", spatial_dims, (2, 3))
         check_choice("stem_stride", stem_stride, (1, 2))
         check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
-        check_choice("use_ff_parser", use_ff_parser, (False, True))
-        check_choice("use_mask_gate", use_mask_gate, (False, True))
-        check_choice("light_decoder", light_decoder, (False, True))
+        check_flags(use_ff_parser=use_ff_parser, use_mask_gate=use_mask_gate, light_decoder=light_decoder)
         check_at_least_one(
             in_channels=in_channels,
             out_channels=out_channels,
             norm_num_groups=norm_num_groups,
             num_train_timesteps=num_train_timesteps,
         )
-        if not 0 <= dropout < 1:
-            raise InputError(f"dropout={dropout} must be at least 0 and below 1.")
+        check_dropout(dropout)
         levels = read_levels(channels, num_res_blocks, attention_levels, num_head_channels, conditioning_levels)
         size = one_each("ff_size", ff_size, spatial_dims, "axes")
 
@@ -137,8 +143,7 @@ class MedSegDiffUNet(nn.Module):
             shape = spatial_dims, channels_in, out, blocks, embedding, attention, heads
             return Stage(*shape, norm_num_groups, dropout, use_checkpointing)
 
-        self.embedding_channels = channels[0]
-        width = 4 * channels[0]
+        self.embedding_channels, width = channels[0], 4 * channels[0]
         self.time_embed = nn.Sequential(nn.Linear(channels[0], width), nn.SiLU(), nn.Linear(width, width))
         self._add_condition_encoder(stage, levels, size if use_ff_parser else None)
         self._add_denoiser(stage, width, use_mask_gate, norm_num_groups)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ import numpy as np
 import pytest
 
 from ..conftest import ROOT
+from .ports import free_port
 
 requests = pytest.importorskip("requests")
 
@@ -31,9 +31,7 @@ class Server:
         self.model = "medsegdiff"
         self.folder = folder
         self.bundle = folder / app / "model" / self.model
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         self.log = folder / "server.log"
         env = {**os.environ, "MONAI_LABEL_SESSION_PATH": str(folder / "sessions"), "CUDA_VISIBLE_DEVICES": ""}

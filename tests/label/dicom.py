@@ -20,17 +20,20 @@ from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage, generate_uid
 from .conftest import voxels
 
 
-def write_series(image: nib.Nifti1Image, folder: Path) -> Path:
-    """Write a volume as a DICOM MR series, one file for each slice."""
+def write_series(image: nib.Nifti1Image, folder: Path, patient: str = "MNI152") -> Path:
+    """Write a volume as a DICOM MR series of a study of its own, one file for each slice."""
     folder.mkdir()
     lps = np.diag([-1, -1, 1, 1]) @ image.affine
     spacing = np.linalg.norm(lps[:3, :3], axis=0)
     series, study = generate_uid(), generate_uid()
     for k in range(image.shape[2]):
         ds = pydicom.Dataset()
+        ds.SpecificCharacterSet = "ISO_IR 100"
         ds.SOPClassUID, ds.SOPInstanceUID = MRImageStorage, generate_uid()
         ds.SeriesInstanceUID, ds.StudyInstanceUID, ds.FrameOfReferenceUID = series, study, study
-        ds.Modality, ds.PatientID, ds.PatientName, ds.InstanceNumber = "MR", "mni152", "MNI152", k + 1
+        ds.Modality, ds.PatientID, ds.PatientName, ds.InstanceNumber = "MR", patient.lower(), patient, k + 1
+        ds.StudyDate, ds.StudyTime, ds.SeriesNumber, ds.SeriesDescription = "20260101", "120000", 1, "T1"
+        ds.StudyID, ds.AccessionNumber, ds.PatientSex, ds.PatientBirthDate = "1", "", "O", ""
         ds.ImageOrientationPatient = [*(lps[:3, 0] / spacing[0]), *(lps[:3, 1] / spacing[1])]
         ds.ImagePositionPatient = list(lps[:3, 3] + k * lps[:3, 2])
         ds.PixelSpacing, ds.SliceThickness = [spacing[1], spacing[0]], spacing[2]

@@ -47,6 +47,7 @@ def test_server_is_given_a_copy_of_the_bundle_and_keeps_its_weights(tmp_path, mo
     assert (option("--host", arguments), option("--port", arguments)) == ("127.0.0.1", "8123")
     weights = app / "model" / "medsegdiff" / "models" / "model.pt"
     assert weights.read_bytes() == (ROOT / "bundle" / "models" / "model.pt").read_bytes()
+    assert [file.name for file in weights.parent.glob("*.pt")] == ["model.pt"]  # of several, viewers take the first
     weights.write_bytes(b"trained")
     assert command() == arguments and weights.read_bytes() == b"trained"
 

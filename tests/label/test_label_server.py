@@ -214,10 +214,10 @@ def test_studies_are_ranked_by_disagreement(study, noisy, tmp_path):
     server = Server(tmp_path, "active_learning")
     try:
         info = server.info()
-        assert set(info["strategies"]) == {"random", "first", "disagreement"} and set(info["scoring"]) == {
-            "disagreement"
-        }
-        label = {"label": ("label.nii.gz", (studies / "clear.nii.gz").read_bytes())}
+        assert set(info["strategies"]) == {"random", "first", "disagreement", "worst_first"}
+        assert set(info["scoring"]) == {"disagreement"}
+        empty = save(nib.Nifti1Image(np.zeros(study.shape, dtype=np.uint8), study.affine), tmp_path / "label.nii.gz")
+        label = {"label": ("label.nii.gz", empty.read_bytes())}
         query = {"image": "labelled", "tag": "final"}
         assert requests.put(f"{server.url}/datastore/label", params=query, files=label).ok
 
@@ -235,6 +235,8 @@ def test_studies_are_ranked_by_disagreement(study, noisy, tmp_path):
         ranked = sorted(expected, key=lambda name: expected[name], reverse=True)
         served = [requests.post(f"{server.url}/activelearning/disagreement", json={}).json()["id"] for _ in range(2)]
         assert served == ranked
+        worst = requests.post(f"{server.url}/activelearning/worst_first", json={}).json()
+        assert worst["id"] == "noisy" and worst["grade"]["flag"]
     finally:
         server.stop()
     with pytest.raises(requests.ConnectionError):

@@ -1,0 +1,195 @@
+"""Inference for clients: one case at a time, a few that wait, and none for clients that have gone."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import re
+import shutil
+import threading
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Annotated, Any, TypeVar
+
+from fastapi import BackgroundTasks, Depends, File, Form, Request, UploadFile
+from fastapi.responses import Response
+from monailabel.config import settings
+from monailabel.endpoints.infer import ResultType, send_response
+from monailabel.endpoints.user.auth import RBAC, User
+from monailabel.interfaces.utils.app import app_instance
+
+from medsegdiff_monai.errors import InputError
+
+from .inference import unless_stopped
+from .refusals import Busy, Conflict, NotThere, Stopped
+
+__all__ = ["PLACES", "Turns", "infer"]
+
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
+PLACES = 8  # requests for inference that are taken at a time, the one that is computed among them
+LOOK_SECONDS = 0.25  # between two looks whether the client is still there
+CLIENT_CLOSED = 499  # nobody reads it
+KEPT = ("model", "image", "session", "label")  # of a request: options do not say what is segmented
+
+
+class Turns:
+    """First come, first served, up to a number.
+
+    Args:
+        places: how many may wait, the one whose turn it is among them.
+    """
+
+    def __init__(self, places: int = PLACES) -> None:
+        self.places, self.taken = places, 0
+        self._turn = asyncio.Lock()
+
+    @asynccontextmanager
+    async def place(self) -> AsyncIterator[asyncio.Lock]:
+        """Take a place.
+
+        Raises:
+            Busy: where all are taken.
+        """
+        if self.taken >= self.places:
+            raise Busy(f"{self.taken} requests are waiting already: send it again in a while.")
+        self.taken += 1
+        try:
+            yield self._turn
+        finally:
+            self.taken -= 1
+
+    async def run(self, work: Callable[[], T], gone: Callable[[], Any]) -> T:
+        """Run ``work`` in a thread when its turn has come; it is told to stop as soon as ``gone`` returns true.
+
+        Raises:
+            Busy: where all places are taken.
+            Stopped: where it was stopped.
+        """
+        stop = threading.Event()
+
+        def unless_gone() -> T:
+            with unless_stopped(stop):
+                return work()
+
+        async def in_turn(turn: asyncio.Lock) -> T:
+            async with turn:
+                if stop.is_set():
+                    raise Stopped
+                return await asyncio.to_thread(unless_gone)
+
+        async with self.place() as turn:
+            task = asyncio.create_task(in_turn(turn))
+            while not (await asyncio.wait({task}, timeout=LOOK_SECONDS))[0]:
+                if not stop.is_set() and await gone():
+                    stop.set()
+            return task.result()
+
+
+_turns = Turns()
+
+
+def _stored(upload: UploadFile, folder: Path) -> str:
+    """An upload as a file of its own name."""
+    path = folder / (Path(upload.filename or "").name or "image.nii.gz")
+    with path.open("wb") as file:
+        shutil.copyfileobj(upload.file, file)
+    return str(path)
+
+
+def _options(params: str) -> dict[str, Any]:
+    try:
+        options = json.loads(params or "{}")
+    except json.JSONDecodeError as error:
+        raise InputError(f"params: is not JSON ({error}).") from error
+    if not isinstance(options, dict):
+        raise InputError('params: must be a JSON object, such as {"num_members": 5}.')
+    return {key: value for key, value in options.items() if key not in KEPT}
+
+
+def _session(name: str) -> Any:
+    sessions = app_instance().sessions()
+    # MONAI Label would take a path for a name, and delete what it leads to
+    session = sessions.get_session(name) if sessions is not None and re.fullmatch(r"[\da-f-]+", name) else None
+    if not session:
+        raise NotThere(f"session {name!r} is not there, or has expired: upload the image again.")
+    return session
+
+
+def _dicom_series(image: str) -> str:
+    """The folder of a study's DICOM files."""
+    folder = Path(image) if Path(image).is_dir() else Path(image.removesuffix(".nii.gz"))
+    if not folder.is_dir():
+        raise Conflict("DICOM-SEG needs a DICOM series, and this image is none: take output=image, or an archive.")
+    return str(folder)
+
+
+def _segment(request: dict[str, Any], output: ResultType | None) -> dict[str, Any]:
+    instance = app_instance()
+    if output == ResultType.dicom_seg:
+        image = request["image"]
+        place = image if os.path.isabs(image) else instance.datastore().get_image_uri(image)
+        request |= {"result_extension": ".dcm", "dicom_series": _dicom_series(place)}
+    result = instance.infer(request)
+    if output == ResultType.dicom_seg:
+        result["dicom_seg"] = result["file"]
+    return result
+
+
+async def infer(
+    request: Request,
+    background_tasks: BackgroundTasks,
+    model: str,
+    image: str = "",
+    session_id: str = "",
+    params: Annotated[str, Form()] = "{}",
+    file: Annotated[UploadFile | None, File()] = None,
+    label: Annotated[UploadFile | None, File()] = None,
+    output: ResultType | None = None,
+    user: Annotated[User | None, Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_USER))] = None,
+) -> Any:
+    """Segment a study (``image``), an upload (``file``) or the image of a session, in MONAI Label's own words.
+
+    Raises:
+        InputError: for what cannot be done, with the status of the answer in its class.
+    """
+    if not (file or image or session_id):
+        raise InputError("no image: give image=STUDY, session_id=SESSION, or upload a file.")
+    wanted = {"model": model, "image": image, **_options(params)}
+    uploads = Path(mkdtemp(prefix="upload"))
+    background_tasks.add_task(shutil.rmtree, uploads)
+    try:
+        await asyncio.to_thread(_gather, wanted, uploads, session_id, file, label)
+        result = await _turns.run(lambda: _segment(wanted, output), request.is_disconnected)
+    except BaseException as error:
+        shutil.rmtree(uploads)  # without an answer, tasks in the background do not run
+        if isinstance(error, InputError) and str(uploads) in str(error):
+            raise type(error)(re.sub(rf"{re.escape(str(uploads))}/\w+/", "", str(error))) from error
+        if not isinstance(error, Stopped):
+            raise
+        logger.info("The client has gone: its request was stopped.")
+        return Response(status_code=CLIENT_CLOSED)
+    return send_response(app_instance().datastore(), result, output, background_tasks)
+
+
+def _gather(wanted: dict[str, Any], uploads: Path, session_id: str, file: Any, label: Any) -> None:
+    """Put the files that a request is about into it."""
+    datastore, image = app_instance().datastore(), wanted["image"]
+    if file:
+        wanted["image"] = _stored(file, _folder(uploads, "image"))
+    elif session_id:
+        session = _session(session_id)
+        wanted |= {"image": session.image, "session": session.to_json()}
+    else:
+        datastore.known(image)
+    if label:
+        wanted["label"] = _stored(label, _folder(uploads, "label"))
+
+
+def _folder(uploads: Path, name: str) -> Path:
+    (uploads / name).mkdir()
+    return uploads / name

@@ -1,0 +1,177 @@
+"""MONAI Label's task for bundles, with the grade of each case, where the members disagree, and a way to stop."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import Any
+
+import numpy as np
+from monailabel.tasks.infer.bundle import BundleInferTask
+
+from medsegdiff_monai.cases import CaseResult, named_regions
+from medsegdiff_monai.errors import InputError
+from medsegdiff_monai.grading import measure, reasons_to_look
+
+from .dicom_seg import write_dicom_seg
+from .legend import Legend, Segment
+from .refusals import Stopped
+from .seg_nrrd import write_seg_nrrd
+
+__all__ = ["GradedInferTask", "grade_of", "unless_stopped"]
+
+_stop: ContextVar[threading.Event | None] = ContextVar("stop", default=None)
+
+
+@contextmanager
+def unless_stopped(stop: threading.Event) -> Iterator[None]:
+    """What is computed in this context ends with ``Stopped`` soon after ``stop`` is set."""
+    token = _stop.set(stop)
+    try:
+        yield
+    finally:
+        _stop.reset(token)
+
+
+def _check(*_: object) -> None:
+    stop = _stop.get()
+    if stop is not None and stop.is_set():
+        raise Stopped
+
+
+def grade_of(case: CaseResult) -> dict[str, Any]:
+    """Say how far a case can be trusted, for JSON.
+
+    Returns:
+        ``expected_dice`` of each class, ``flag`` (reasons to look at it, empty if there are none), ``out_of_domain``
+        (those among them that say that the training has seen nothing like it), and ``disagreement``, 1 minus the mean
+        Dice between pairs of members.
+    """
+    one = case.case
+    facts = measure(case.image, one.spacing, one.mask)
+    at_home = reasons_to_look(one.names, case.grade, one.mask, facts, one.unit)
+    expected = (round(dice, 4) for dice in case.grade.expected.tolist())
+    return {
+        "expected_dice": dict(zip(one.names, expected)),
+        "flag": "; ".join(case.reasons),
+        "out_of_domain": "; ".join(reason for reason in case.reasons if reason not in at_home),
+        "disagreement": round(1 - float(case.agreement.mean()), 6),
+    }
+
+
+class GradedInferTask(BundleInferTask):
+    """Segment with a bundle.
+
+    MONAI Label's task keeps the options of a request in itself: one request at a time. The option ``uncertainty`` marks
+    where the members disagree: with ``.seg.nrrd`` and DICOM-SEG as further segments that overlap the mask, in a single
+    label map, as viewers ask for, by values of their own (:meth:`.legend.Legend.uncertain_map`).
+
+    Args:
+        path: folder of the bundle.
+        conf: of the app.
+        legend: of the bundle.
+        **kwargs: as for MONAI Label's task.
+    """
+
+    def __init__(self, path: str, conf: dict[str, str], legend: Legend, **kwargs: Any) -> None:
+        self.legend = legend
+        self._one_at_a_time = threading.Lock()
+        super().__init__(path, conf, load_strict=True, **kwargs)
+        self._config["model_filename"].sort(key="model.pt".__ne__)  # viewers take the first one
+        self.labels = {one.name: one.value for one in legend.in_label_maps}
+        self._config["uncertainty"] = False
+
+    def __call__(self, request: dict[str, Any], callbacks: Any = None) -> tuple[Any, dict[str, Any]]:
+        """Segment an image.
+
+        Raises:
+            InputError: for options that are out of range.
+            Stopped: where nobody waits for the result any more.
+        """
+        with self._one_at_a_time:
+            _check()
+            result = super().__call__(request, callbacks)
+        if not self.skip_writer:
+            result[1]["label_names"] = result[1].pop("segments")
+        return result
+
+    def inferer(self, data: Any = None) -> Any:
+        """The bundle's inferer, which looks after each pass of the network whether to go on."""
+        inferer = super().inferer(data)
+        inferer.progress = _check
+        return inferer
+
+    def _get_network(self, device: str, data: Any) -> Any:
+        try:
+            network = super()._get_network(device, data)
+        except RuntimeError as error:
+            if "state_dict" not in str(error):
+                raise
+            raise InputError(
+                f"model_filename={data.get('model_filename')!r}: these weights are not of this bundle's network: "
+                "choose model.pt."
+            ) from error
+        self._record = getattr(network, "record", None)
+        return network
+
+    def case(self, data: Mapping[str, Any]) -> CaseResult:
+        """The case that was segmented, as the package has it."""
+        spec = self.bundle_config.get_parsed_content("data_spec")
+        own = {one.name: [one.value] for one in self.legend.classes}
+        regions = named_regions(spec.num_classes, spec.regions or (own if len(own) == spec.num_classes else None), None)
+        return CaseResult({"image": data["image"]}, data, regions, self._record)
+
+    def writer(self, data: dict[str, Any], extension: Any = None, dtype: Any = None) -> tuple[Any, Any]:
+        """Write the mask in the format that was asked for; its grade goes into the answer."""
+        _check()
+        case, unsure = self.case(data), _wants(data.get("uncertainty"))
+        votes = np.asarray(case.case.member_masks.cpu())
+        if unsure and len(votes) < 2:
+            raise InputError("uncertainty: one member has nobody to disagree with: set num_members to at least 2.")
+        segments = self.legend.in_label_maps if unsure else self.legend.classes
+        data["result"] = {
+            "grade": grade_of(case), "model_version": self.legend.version,
+            "segments": {one.name: one.value for one in segments},
+        }  # fmt: skip
+        mask = np.asarray(data["pred"].cpu()).astype(np.uint8)
+        ext = str(extension or data.get("result_extension") or "").lower()
+        if ext == ".seg.nrrd":
+            return _temporary(
+                ext, lambda file: write_seg_nrrd(file, self._layers(mask, votes, unsure), case.affine)
+            ), data["result"]
+        if ext == ".dcm":
+            folder = data["dicom_series"]
+            return _temporary(ext, lambda file: write_dicom_seg(
+                file, self._layers(mask, votes, unsure), case.affine, folder, self.legend, automatic=True
+            )), data["result"]  # fmt: skip
+        if unsure:
+            data["pred"] = self.legend.uncertain_map(mask, votes)
+        return super().writer(data, extension, dtype)
+
+    def _layers(self, mask: np.ndarray, votes: np.ndarray, unsure: bool) -> list[tuple[np.ndarray, list[Segment]]]:
+        layers = [(mask, self.legend.classes)]
+        if unsure:
+            split = votes.any(0) & ~votes.all(0)
+            layers += [(voxels.astype(np.uint8), [one]) for voxels, one in zip(split, self.legend.unsure)]
+        return layers
+
+
+def _wants(value: Any) -> bool:
+    """Whether an option that viewers send as a boolean or as text is set."""
+    if str(value).lower() not in ("true", "false", "none", ""):
+        raise InputError(f"uncertainty={value!r} must be true or false.")
+    return str(value).lower() == "true"
+
+
+def _temporary(ext: str, write: Callable[[str], None]) -> str:
+    with NamedTemporaryFile(suffix=ext, delete=False) as file:
+        try:
+            write(file.name)
+        except BaseException:
+            Path(file.name).unlink()
+            raise
+    return file.name

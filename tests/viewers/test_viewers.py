@@ -1,0 +1,120 @@
+"""The server beside a real archive, in OHIF in a real browser: ``make test-viewers``, which keeps the screenshots."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from PIL import Image
+
+from ..conftest import ROOT
+
+pytest.importorskip("monailabel", reason="MONAI Label has an environment of its own: make test-viewers")
+pytest.importorskip("playwright", reason="the browser is driven by playwright: make test-viewers")
+import requests
+
+from ..label.conftest import TASK_SECONDS, Server
+from ..label.dicom import write_series
+from .ohif import reader
+from .orthanc import missing, orthanc, store
+
+pytestmark = pytest.mark.skipif(bool(missing()), reason=f"needs Debian's packages {', '.join(missing())}")
+
+
+def oblique(image: nib.Nifti1Image, degrees: float, axis: int) -> nib.Nifti1Image:
+    """The image turned in space."""
+    turn, (i, j) = np.eye(4), [k for k in range(3) if k != axis]
+    c, s = np.cos(np.deg2rad(degrees)), np.sin(np.deg2rad(degrees))
+    turn[np.ix_((i, j), (i, j))] = (c, -s), (s, c)
+    return nib.Nifti1Image(np.asarray(image.dataobj), turn @ image.affine)
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory):
+    """An archive of three oblique MR series."""
+    from examples.label.studies import write_demo_studies
+
+    folder = tmp_path_factory.mktemp("viewers")
+    demo = write_demo_studies(folder / "demo")
+    with orthanc(folder / "orthanc") as address:
+        for name, degrees, axis in (("right", 20, 0), ("left", -15, 1), ("right_thick_slices", 10, 2)):
+            image = oblique(nib.load(demo / f"mni152_{name}.nii.gz"), degrees, axis)
+            store(address, write_series(image, folder / name, f"MNI152-{name}"))
+        yield address
+
+
+@pytest.fixture(scope="module")
+def server(archive, tmp_path_factory):
+    server = Server(tmp_path_factory.mktemp("server"), "active_learning", studies=f"{archive}/dicom-web")
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def pictures() -> Path:
+    folder = Path(os.environ.get("MEDSEGDIFF_PICTURES", ROOT / "build" / "viewers"))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def colourful(picture: bytes) -> np.ndarray:
+    """How many pixels of each third of a picture, which is a plane, are not grey."""
+    pixels = np.asarray(Image.open(io.BytesIO(picture)).convert("RGB")).astype(int)[60:840]
+    coloured = np.ptp(pixels, axis=2) > 40
+    return np.array([part.sum() for part in np.array_split(coloured, 3, axis=1)])
+
+
+def test_a_study_from_the_list_to_the_next_one(server, archive, pictures):
+    series = requests.get(f"{archive}/dicom-web/series", params={"Modality": "MR"}).json()
+    study, image = (series[0][tag]["Value"][0] for tag in ("0020000D", "0020000E"))
+    with reader(server.url, pictures) as ohif:
+        assert len(ohif.list_studies()) == 3
+        ohif.open(study, "monai-label")
+        ohif.connect()
+        before = colourful(ohif.picture("opened"))
+        ohif.run(uncertainty=False)
+        masked = colourful(ohif.picture("mask"))
+        assert (masked > before + 200).all(), (before, masked)
+        ohif.run(uncertainty=True)
+        assert (colourful(ohif.picture("mask_with_uncertainty")) > before + 200).all()
+
+        seg = server.post(params={"num_members": 3, "uncertainty": True}, image=image, output="dicom_seg")
+        assert seg.ok, seg.text
+        assert requests.post(f"{archive}/instances", data=seg.content).ok
+        assert server.info()["datastore"]["completed"] == 0  # what the model draws is nobody's label
+        ohif.open(study, "segmentation")
+        names = ["anterior", "posterior", "anterior - unsure", "posterior - unsure"]
+        assert ohif.load_segmentation("MedSegDiff") == names
+        ohif.jump_to("anterior - unsure")
+        shown = colourful(ohif.picture("dicom_seg")).sum()
+        ohif.hide("anterior - unsure")
+        assert colourful(ohif.picture("dicom_seg_without_unsure")).sum() < shown - 100
+        assert ohif.foreign == [] and ohif.broken == []
+
+
+def test_labels_go_to_the_archive_and_come_back_for_training(server, archive, tmp_path):
+    client = server.client()
+    labelled = []
+    for _ in range(2):
+        sample = client.next_sample("first", {})["id"]
+        assert sample not in labelled  # the study that was just labelled is not offered again
+        mask = server.infer({"num_members": 2}, image=sample)
+        nib.save(mask, tmp_path / "label.nii.gz")
+        client.save_label(sample, str(tmp_path / "label.nii.gz"), params={"label_info": []})
+        labelled.append(sample)
+    stored = requests.get(f"{archive}/dicom-web/series", params={"Modality": "SEG"}).json()
+    assert len(stored) >= 2
+    copies = list(server.folder.glob("dicom/*/labels/final/*.nii.gz"))
+    kept = {file.name: np.asarray(nib.load(file).dataobj) for file in copies}
+    for file in copies:  # so that they are read from the archive
+        file.unlink()
+    client.train_start("medsegdiff", {**server.options("trainers"), "max_epochs": 1, "val_split": 0.5})
+    server.wait(lambda: client.train_status()["status"] not in ("SUBMITTED", "RUNNING"), TASK_SECONDS)
+    assert client.train_status()["status"] == "DONE", server.log.read_text()[-3000:]
+    for file in copies:
+        np.testing.assert_array_equal(np.asarray(nib.load(file).dataobj), kept[file.name])
+    assert client.next_sample("first", {})["id"] not in labelled
