@@ -46,7 +46,7 @@ Lung nodules in CT that four radiologists outlined, each by themselves, or did n
 All methods learn from the masks of all four, of the same batches with the same augmentation, for the same CPU time of
 one thread: AdamW, a learning rate that falls by a half cosine, clipped gradients, averaged weights. The networks have
 about as many parameters, unless the table says otherwise. The other methods ran in turns; ours ran by itself a day
-later, after its warm start and its network had changed.
+later, after its warm start and its network had changed; "mask objective" has the former, dearer network.
 
 - **ours**: this bundle, with the objective `ensemble`; one step for each mask, unless the row says otherwise.
 - **mask objective**: the same network with the objective `mask`, Dice + BCE of single masks of a radiologist who is

@@ -202,7 +202,10 @@ def run(data: str, method: str, seed: int, options: argparse.Namespace) -> dict[
     facts = train_and_segment(data, method, seed, options)
     config = configure("evaluate", data, options.data_root, seed)
     seconds = facts.pop("seconds_of_cases")
-    scores = summarise(segmented(config, output_folder(data, method, seed, options), seconds))
+    out = output_folder(data, method, seed, options)
+    scores = summarise(segmented(config, out, seconds))
+    for file in out.glob("*.npz"):  # megabytes each; the weights are kept
+        file.unlink()
     now = {"monai": monai.__version__, "date": datetime.date.today().isoformat()}
     losses = facts.pop("losses")
     quarter = max(1, len(losses) // 4)

@@ -6,7 +6,9 @@ It needs ``nnunetv2`` and nothing of this repository, and reads nnU-Net's folder
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
+import io
 import json
 import random
 import time
@@ -129,7 +131,8 @@ def segment(trainer: nnUNetTrainer, images: Path, ending: str, out: Path) -> dic
     for image in sorted(images.glob(f"*_0000{ending}")):
         case = image.name.removesuffix(f"_0000{ending}")
         start = time.process_time()
-        predictor.predict_from_files_sequential([[str(image)]], [str(out / case)], save_probabilities=True)
+        with contextlib.redirect_stdout(io.StringIO()):  # four lines for each case
+            predictor.predict_from_files_sequential([[str(image)]], [str(out / case)], save_probabilities=True)
         times[case] = time.process_time() - start
     return times
 

@@ -105,7 +105,6 @@ class CaseWriter:
 
     def _advice(self) -> str:
         """What to do after the run was stopped."""
-        wait(self._unfinished)
         done = f"{len(self._fresh)} cases of this run are finished, in {self.output_dir}: the same command"
         return f"{done} continues with the others." if self.merge else f"{done} starts anew."
 
@@ -142,8 +141,8 @@ class CaseWriter:
     def _finish(self) -> None:
         """Wait for the case that is being written, and raise what went wrong with it."""
         for case in self._unfinished:
-            self._pending = None
             case.result()
+            self._pending = None  # not before: where a signal ends the wait, it is still being written
 
     def close(self) -> None:
         """Write structures and report, and sum up in the log."""

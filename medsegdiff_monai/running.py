@@ -54,13 +54,15 @@ class RunGuard:
                     self._previous[number] = signal.signal(number, self._stop)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
-        code = EXIT_CODES[signal.Signals(number)]
-        raise Interrupted(f"stopped. {self.advice()}" if self.advice and is_main() else "", code)
+        raise Interrupted("stopped." if is_main() else "", EXIT_CODES[signal.Signals(number)])
 
     def _end(self, engine: Engine, *error: BaseException) -> None:
         if error and not engine.has_event_handler(_raise, Events.EXCEPTION_RAISED):
             # after all others; without it, Ignite would take the error for handled
             engine.add_event_handler(Events.EXCEPTION_RAISED, _raise)
+        for stop in error:
+            if isinstance(stop, Interrupted) and stop.message and self.advice is not None:
+                stop.message = f"stopped. {self.advice()}"  # now that what was being written is there
         while self._previous:
             signal.signal(*self._previous.popitem())
         if self._holds:

@@ -108,6 +108,7 @@ def test_what_nnunet_makes_of_cases_is_scored_once(data, monkeypatch):
         assert len(row["dice_of_cases"]) == 1
     commands.clear()
     call(monkeypatch, nnunet, *arguments, "--work_dir", data / "work")
+    assert not list((data / "work").rglob("*.npz"))
     assert not commands and len(file.read_text().splitlines()) == len(rows)
 
     out = nnunet.output_folder("Hippocampus3D", "nnU-Net", 0, argparse.Namespace(work_dir=data / "work", seconds=9.0))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from monai.data import MetaTensor
 from PIL import Image
 
 from medsegdiff_monai.data import DataSpec, inference_items
-from medsegdiff_monai.errors import InputError
+from medsegdiff_monai.errors import InputError, Interrupted
 from medsegdiff_monai.handlers import EnergyDistance
 from medsegdiff_monai.handlers.training_report import TrainingReport
 from medsegdiff_monai.inferers import ANTITHETIC
@@ -356,6 +358,27 @@ def test_cases_are_written_in_order_while_the_next_one_is_segmented(tmp_path):
         segmenting(tmp_path, written).run([[{"case": i}] for i in range(9)])
     # the one before the stop is waited for
     assert written == [(i, False) for i in range(4)] and not (tmp_path / "out" / ".lock").exists()
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_what_is_being_written_at_ctrl_c_is_finished_and_counted(tmp_path):
+    engine = Engine(lambda engine, batch: [{"mask": torch.zeros(1, 2, 2)}])
+    writer = CaseWriter(str(tmp_path / "out"), 1, merge=True)
+
+    def write(item, output, seconds):
+        time.sleep(0.1)  # the next case is segmented meanwhile, and waits
+        if item["case"] == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.3)
+        assert (tmp_path / "out" / ".lock").exists()
+        writer._fresh.append(item)
+
+    writer._write_case = write
+    writer.attach(engine)
+    with pytest.raises(Interrupted, match="stopped") as stopped:
+        engine.run([[{"case": i}] for i in range(4)])
+    assert [item["case"] for item in writer._fresh] == [0, 1] and not (tmp_path / "out" / ".lock").exists()
+    assert stopped.value.message.startswith("stopped. 2 cases of this run are finished")
 
 
 def test_a_case_that_cannot_be_written_ends_the_run_and_the_ones_before_stay(tmp_path):
