@@ -5,8 +5,8 @@
 - the CPU time of ``--help`` and of ``segment`` of a small volume with the bundle's weights, as shares of that of
   ``import torch, monai``, in turns; a figure is the median over the turns of the ratio within a turn;
 - the time that ``segment`` takes for each picture of a folder, with all its files, the report included, in passes of
-  the network over such a picture (all members), timed alone before and after. The network is fitted to the pictures for
-  some seconds, so that masks have the shapes of masks and not of noise.
+  the network over such a picture (all members), timed alone at several moments of the same run. The network is fitted
+  to the pictures for some seconds, so that masks have the shapes of masks and not of noise.
 
 Writes ``benchmarks/results/startup.md``.
 """
@@ -14,6 +14,7 @@ Writes ``benchmarks/results/startup.md``.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 import resource
@@ -24,14 +25,15 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import nibabel as nib
 import numpy as np
 import torch
+from ignite.engine import Engine, Events
 from monai.bundle import run
+from monai.networks.utils import eval_mode
 from PIL import Image
-from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, interpolate
 
 from medsegdiff_monai.configs import read_config
@@ -43,7 +45,7 @@ IMPORT = ["-c", "import torch, monai"]
 PROGRAM = ["-m", "medsegdiff_monai"]
 CONFIG = [str(CONFIGS / "inference.json"), str(CONFIGS / "datasets" / "generic_2d.json")]
 SIZE = (160, 192)  # of the pictures: width and height
-PASSES = 20  # of the network alone, before and after
+MOMENTS, PASSES = 5, 10  # of a run at which the network is timed alone, and how many passes
 
 
 class Seconds(NamedTuple):
@@ -82,11 +84,46 @@ def fitted(network: Any, images: np.ndarray, masks: np.ndarray, iterations: int)
     return network.eval()
 
 
-def took(work: Callable[[], object]) -> Seconds:
+def took(work: Callable[[], object], cpu_time: Callable[[], float] = time.process_time) -> Seconds:
     """Time something in this process."""
-    wall, cpu = time.perf_counter(), time.process_time()
+    wall, cpu = time.perf_counter(), cpu_time()
     work()
-    return Seconds(time.perf_counter() - wall, time.process_time() - cpu)
+    return Seconds(time.perf_counter() - wall, cpu_time() - cpu)
+
+
+class Alone:
+    """Times the network alone at some moments of a run, so that both have what else the machine does in common.
+
+    Attach to the evaluator.
+
+    Args:
+        network: in evaluation mode.
+        inferer: the run's.
+        size: of a picture as the network sees it.
+        each: how many cases from one moment to the next.
+
+    Attributes:
+        taken: time of the passes of each moment, of the last instance.
+    """
+
+    taken: ClassVar[list[Seconds]] = []
+
+    def __init__(self, network: Any, inferer: Any, size: Sequence[int], each: int) -> None:
+        self.network, self.inferer, self.each = network, inferer, each
+        self.picture = torch.randn(1, 1, *size)
+        self.taken.clear()
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to an evaluator."""
+        engine.add_event_handler(Events.ITERATION_STARTED(every=self.each), self._time)
+
+    def _time(self, engine: Engine) -> None:
+        self.taken.append(took(self._passes, time.thread_time))  # that of this thread, and not of the writing one
+
+    def _passes(self) -> None:
+        with torch.no_grad(), eval_mode(self.network):
+            for _ in range(PASSES):
+                self.inferer(self.picture, self.network)
 
 
 def per_picture(number: int, iterations: int, **settings: Any) -> Seconds:
@@ -100,16 +137,9 @@ def per_picture(number: int, iterations: int, **settings: Any) -> Seconds:
     images, masks = discs(number)
     settings = {"bundle_root": str(ROOT / "bundle"), "device": "cpu", "in_channels": 1, "num_classes": 1, **settings}
     parser = read_config(CONFIG, **settings)
-    network, inferer, size = map(parser.get_parsed_content, ("network_def", "inferer", "field_size"))
-    fitted(network, images, masks, iterations)
-    picture = torch.randn(1, 1, *size)
-
-    def alone() -> Tensor:
-        with torch.no_grad():
-            for _ in range(PASSES):
-                out = inferer(picture, network)
-            return out
-
+    network = fitted(parser.get_parsed_content("network_def"), images, masks, iterations)
+    alone: dict[str, Any] = {"_target_": f"{Alone.__module__}.Alone", "each": max(1, number // MOMENTS)}
+    alone |= {"network": "@network", "inferer": "@inferer", "size": "@field_size"}
     with tempfile.TemporaryDirectory() as folder:
         data, weights = Path(folder, "pictures"), Path(folder, "model.pt")
         data.mkdir()
@@ -117,12 +147,14 @@ def per_picture(number: int, iterations: int, **settings: Any) -> Seconds:
             Image.fromarray(image.astype(np.uint8).T).save(data / f"picture_{i:03d}.png")
         torch.save(network.state_dict(), weights)
         where = {"dataset_dir": str(data), "output_dir": f"{folder}/out", "checkpoint": str(weights)}
-        alone()
-        before = took(alone)
-        all_of_it = took(lambda: run("inference", config_file=CONFIG, **settings, **where))
-        after = took(alone)
-    passes = [(b + a) / 2 / PASSES for b, a in zip(before, after)]
-    return Seconds(*(spent / number / one for spent, one in zip(all_of_it, passes)))
+        overlay = Path(folder, "alone.json")
+        overlay.write_text(json.dumps({"+handlers": [alone]}), encoding="utf-8")
+        all_of_it = took(lambda: run("inference", config_file=[*CONFIG, str(overlay)], **settings, **where))
+        if len(list(Path(folder, "out").glob("*/*_overlay.png"))) < number:
+            raise RuntimeError(f"{folder}: not all pictures were segmented: see the log above.")
+    passes = [sum(spent) for spent in zip(*Alone.taken)]
+    one = [spent / len(Alone.taken) / PASSES for spent in passes]
+    return Seconds(*((whole - apart) / number / each for whole, apart, each in zip(all_of_it, passes, one)))
 
 
 def cpu_seconds(words: Sequence[str]) -> float:

@@ -16,7 +16,7 @@ import hashlib
 import json
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
@@ -43,7 +43,7 @@ from medsegdiff_monai.report.statistics import Grading
 from .accuracy import ROOT, SETS, append, calibration, configure, is_known, segment
 from .forward import parameters
 from .opponents import dropout_unet
-from .peers import Peer, Training, finish, ours, start, train_in_turns, unet
+from .peers import UNET_LEARNING_RATE, Peer, Training, finish, ours, start, train_in_turns, unet
 from .uncertainty_page import OUR_SCORE, OURS, write
 
 RESULTS = ROOT / "benchmarks" / "uncertainty.jsonl"
@@ -97,10 +97,14 @@ def _dropout(trained: Trained, config: ConfigParser) -> Run:
     return _ensemble(Dropout(MEMBERS), trained, config)
 
 
+def _dropout_unet(parser: ConfigParser) -> Peer:
+    return replace(dropout_unet(parser), learning_rate=UNET_LEARNING_RATE)
+
+
 METHODS = {
     OURS: Method(ours, {OURS: _ours}),
     "UNet": Method(unet, {"UNet": _networks, "UNet, flips": _flips, "UNet, all flips": _all_flips}),
-    "UNet, dropout": Method(dropout_unet, {"UNet, MC dropout": _dropout}),
+    "UNet, dropout": Method(_dropout_unet, {"UNet, MC dropout": _dropout}),
     "five UNets": Method(unet, {"five UNets": _networks}, nets=5),
 }
 

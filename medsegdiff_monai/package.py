@@ -22,7 +22,8 @@ __all__ = ["NAME", "package_bundle"]
 
 NAME = "hippocampus_mr_diffusion_segmentation"  # of the folder, as the zoo names its bundles
 WEIGHTS = "models/model.pt"
-FURTHER = {"configs/datasets/lidc.json": "models/lidc.pt"}  # weights that overlays name, where they are there
+# names other weights; of several, MONAI Label's own app takes the file with the shortest name
+LEFT_OUT = "configs/datasets/lidc.json"
 DATA, METHOD = "Hippocampus3D", "shipped"  # of the record that scores these weights
 MAX_BYTES = 25 * 2**20  # the zoo takes no larger file
 MEASURED = "<!-- measured -->"  # in docs/README.md: where the scores go
@@ -119,21 +120,6 @@ def _large_files(digest: str, url: str | None) -> bytes:
     return _json({"large_files": [entry]})  # which is YAML, too
 
 
-def _fits(root: Path, overlay: str, weights: str) -> bool:
-    """Whether weights that an overlay names are there.
-
-    Raises:
-        InputError: where the overlay could not load them, or they are above the zoo's limit.
-    """
-    file = root / weights
-    if not file.is_file():
-        return False
-    if file.stat().st_size > MAX_BYTES:
-        raise InputError(f"{file}: above {MAX_BYTES >> 20} MB, the zoo's limit for a file: take smaller weights.")
-    read_segmenter([str(root / "configs" / "inference.json"), str(root / overlay)], bundle_root=str(root))
-    return True
-
-
 def _contents(root: Path, results: Path, weights_url: str | None) -> dict[str, bytes]:
     """All files of the package by their path inside it.
 
@@ -158,19 +144,17 @@ def _contents(root: Path, results: Path, weights_url: str | None) -> dict[str, b
             f"{weights}: are not the weights whose scores {results} holds: measure these, and record them."
         )
 
-    further = {name: (root / name).read_bytes() for overlay, name in FURTHER.items() if _fits(root, overlay, name)}
-
     code = Path(__file__).parent
     parts = [path for kind in ("*.py", "*.html") for path in code.rglob(kind)]
     sources = [(path, path.relative_to(code.parent)) for path in parts]
     for part in ("LICENSE", "configs", "docs"):
         found = [root / part] if (root / part).is_file() else (root / part).rglob("*")
         sources += [(path, path.relative_to(root)) for path in found if path.is_file() and path.name[0] != "."]
+    sources = [(path, inside) for path, inside in sources if inside != Path(LEFT_OUT)]
     files = {inside.as_posix(): path.read_bytes() for path, inside in sources}
     files |= {name: _json(_read_json(root / name)) for name in files if name.endswith(".json")}
     files["configs/metadata.json"] = _json(metadata)
     files["docs/README.md"] = readme.replace(MEASURED, _measured(record, metadata, digest)).encode()
-    files |= further
     if weights.stat().st_size > MAX_BYTES:
         files["large_files.yml"] = _large_files(digest, weights_url)
     else:

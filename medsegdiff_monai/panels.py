@@ -71,7 +71,8 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
 
 def _pixels(panel: np.ndarray) -> Image.Image:
     colours = matplotlib.colormaps[COLOUR_MAP](panel)[..., :3] if panel.ndim == 2 else panel
-    return Image.fromarray((np.nan_to_num(colours) * 255).round().clip(0, 255).astype(np.uint8))
+    bounded = np.fmin(np.fmax(colours, 0), 1)  # what is no number becomes 0
+    return Image.fromarray((bounded * 255).round().astype(np.uint8))
 
 
 def _draw_bar(picture: Image.Image, left: int, top: int, height: int) -> None:

@@ -110,8 +110,10 @@ def overlay_bytes(
     wrong = np.array([(0, 0, 0), *ERRORS.values()]) / 255
 
     def blend(label: np.ndarray, colours: np.ndarray = colours) -> np.ndarray:
-        plane = _slice(label, dims, index)[..., 0]
-        return np.where(plane[..., None] > 0, 0.45 * background + 0.55 * colours[plane], background)
+        plane, panel = _slice(label, dims, index)[..., 0], background.copy()
+        inside = plane > 0
+        panel[inside] = 0.45 * background[inside] + 0.55 * colours[plane[inside]]
+        return panel
 
     panels = {"image": background}
     if truth is not None:

@@ -28,7 +28,7 @@ def test_uncertainty_scores_each_method_and_writes_it_down(tmp_path, monkeypatch
     monkeypatch.setattr(uncertainty, "MEMBERS", 3)
     monkeypatch.setattr(uncertainty_page, "RESAMPLED", 20)
     file, page = tmp_path / "r.jsonl", tmp_path / "page.md"
-    arguments = ["--data_root", tmp_path, "--sets", "LGG_MRI", "--seeds", 0, 1, "--seconds", 0.5]
+    arguments = ["--data_root", tmp_path, "--sets", "LGG_MRI", "--seeds", 0, 1, "--seconds", 0.2]
     arguments += ["--work_dir", tmp_path / "work", "--results", file, "--page", page]
     call(monkeypatch, uncertainty, *arguments)
     rows = {(row["method"], row["seed"]): row for row in map(json.loads, file.read_text().splitlines())}
@@ -48,12 +48,13 @@ def test_uncertainty_scores_each_method_and_writes_it_down(tmp_path, monkeypatch
         assert row["scores"].keys() == single | ({"expected Dice"} if row["masks"] > 1 else set())
         assert all(0 <= of["e_aurc"] <= of["aurc"] <= 1 for of in row["scores"].values())
         assert ("temperatures" in row) == (row["method"] != "this bundle")
+    assert {row["learning_rate"] for key, row in rows.items() if "UNet" in key[0]} == {peers.UNET_LEARNING_RATE}
     unet, flips, five = (rows[name, 0] for name in ("UNet", "UNet, flips", "five UNets"))
     assert unet["iterations"] == flips["iterations"] and unet["parameters_m"] == flips["parameters_m"]
     assert five["parameters_m"] == pytest.approx(5 * unet["parameters_m"], abs=1e-3)
 
     text = page.read_text("utf-8")
-    assert "## LGG_MRI, 0.5 s: 4 cases, 2 held out to fit on" in text and "| LGG_MRI, 0.5 s | " in text
+    assert "## LGG_MRI, 0.2 s: 4 cases, 2 held out to fit on" in text and "| LGG_MRI, 0.2 s | " in text
     mean = sum(rows["this bundle", seed]["dice"] for seed in (0, 1)) / 2
     assert f"| this bundle | 3 | {mean:.3f} ± " in text
 
@@ -143,7 +144,8 @@ def run_of(method: str, seed: int, dice: list[float], **scores: list[float]) -> 
     }
 
 
-def test_others_have_their_best_score_and_intervals_are_over_cases():
+def test_others_have_their_best_score_and_intervals_are_over_cases(monkeypatch):
+    monkeypatch.setattr(uncertainty_page, "RESAMPLED", 200)
     dice = np.linspace(0.2, 0.9, 15).tolist()
     noise = np.random.default_rng(0).normal(size=15).tolist()
     ours = [run_of(uncertainty_page.OURS, seed, dice, **{"expected Dice": dice, "entropy": noise}) for seed in (0, 1)]

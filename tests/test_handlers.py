@@ -407,7 +407,7 @@ def test_calibration_that_is_no_number_is_refused(tmp_path):
         ({"use_ff_parser": False}, "--use_ff_parser False"),
         ({"ff_size": [16, 24]}, "--roi_size [16,24]"),
         ({"light_decoder": False}, "--network_def#light_decoder False"),
-        ({"channels": [16, 8, 8], "mask_level": 0}, "--channels [16,8,8] --network_def#mask_level 0"),
+        ({"channels": [16, 8, 8], "mask_level": 0}, "--network_def#mask_level 0"),
     ],
     ids=str,
 )

@@ -17,7 +17,7 @@ from PIL import Image
 
 import medsegdiff_monai.__main__ as commands
 from benchmarks import example_data
-from medsegdiff_monai import demo, package
+from medsegdiff_monai import demo
 from medsegdiff_monai.configs import read_config
 from medsegdiff_monai.data.report import check
 from medsegdiff_monai.errors import InputError
@@ -159,13 +159,3 @@ def test_demo_tells_weights_that_are_no_weights(project, monkeypatch):
     Path("bundle/models/lidc.pt").write_bytes(b"version https://git-lfs.github.com/spec/v1")
     with pytest.raises(InputError, match=r"models/lidc\.pt: is truncated or no checkpoint of weights: replace"):
         call(monkeypatch, "demo", "--lidc")
-
-
-def test_a_package_holds_the_weights_only_if_the_overlay_can_load_them(project):
-    root, (overlay, weights) = project / "bundle", next(iter(package.FURTHER.items()))
-    assert package._fits(root, overlay, weights)
-    save_checkpoint(root / weights, {"x": torch.zeros(1)})
-    with pytest.raises(InputError, match="weights of another architecture"):
-        package._fits(root, overlay, weights)
-    (root / weights).unlink()
-    assert not package._fits(root, overlay, weights)

@@ -239,7 +239,8 @@ def two_opinions(name: str, iterations: int) -> torch.Tensor:
     left[..., :8] = 1
     raters = torch.stack([left, left.flip(-1)], 1).expand(4, -1, -1, -1, -1)
     scheduler = DDIMScheduler(schedule="cosine")
-    net = MedSegDiffUNet(2, 1, 1, channels=[8, 16], num_res_blocks=1, ff_size=16)
+    # the noise of the whole image decides, which two levels alone would not see
+    net = MedSegDiffUNet(2, 1, 1, channels=[8, 16, 16], num_res_blocks=1, ff_size=16)
     optimizer = torch.optim.AdamW(net.parameters(), 5e-3)
     prepare, infer = SegmentationDiffusionPrepareBatch(scheduler, name, 4), DiffusionTrainingInferer(scheduler)
     for _ in range(iterations):

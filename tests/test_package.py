@@ -81,6 +81,7 @@ def test_holds_the_bundle_and_this_code_and_nothing_else(root, tmp_path, capsys)
     parts = [p for kind in ("*.py", "*.html") for p in (ROOT / "medsegdiff_monai").rglob(kind)]
     code = {p.relative_to(ROOT).as_posix() for p in parts}
     own = {f"{part}/{name}" for part in ("configs", "docs") for name in contents(root / part) if ".swp" not in name}
+    own -= {"configs/datasets/lidc.json"}  # it names weights that the package does not hold
     assert set(files) == code | own | {"LICENSE", "models/model.pt"}
     for name in code | own - {"configs/metadata.json", "docs/README.md"}:
         source = (ROOT / name if name in code else root / name).read_bytes()
@@ -91,13 +92,6 @@ def test_holds_the_bundle_and_this_code_and_nothing_else(root, tmp_path, capsys)
     with zipfile.ZipFile(archive) as file:
         assert {i.filename: file.read(i) for i in file.infolist()} == {f"{NAME}/{k}": v for k, v in files.items()}
     assert sorted(p.name for p in (tmp_path / "dist").iterdir()) == sorted([NAME, archive.name])
-
-
-def test_holds_weights_that_an_overlay_names(root, tmp_path):
-    overlay, name = next(iter(package.FURTHER.items()))
-    write_weights(root / name, json.loads((root / overlay).read_text()))
-    folder, _ = package_bundle(str(tmp_path), str(root))
-    assert (folder / name).read_bytes() == (root / name).read_bytes()
 
 
 def test_is_the_same_byte_for_byte(root, tmp_path):
