@@ -23,6 +23,7 @@ from unittest.mock import patch
 
 import torch
 from monai.bundle import ConfigParser
+from monai.data import MetaTensor
 from monai.metrics import compute_dice
 from monai.transforms import CenterSpatialCrop
 from torch import Tensor
@@ -64,7 +65,7 @@ def pairwise_dice(members: Tensor) -> float:
 
 def measure(config: ConfigParser, network: torch.nn.Module, cases: int) -> list[list[str]]:
     """Return the rows of the table for evenly spaced cases that need several windows."""
-    dataset, inferer = config.get_parsed_content("dataset"), config.get_parsed_content("inferer")
+    dataset, inferer, postprocess = map(config.get_parsed_content, ("dataset", "inferer", "postprocessing"))
     roi, classes = list(inferer.roi_size), config["num_classes"]
     large = [i for i in range(len(dataset)) if any(s > r for s, r in zip(dataset[i]["image"].shape[1:], roi))]
     chosen = [large[k * len(large) // cases] for k in range(min(cases, len(large)))]
@@ -73,15 +74,17 @@ def measure(config: ConfigParser, network: torch.nn.Module, cases: int) -> list[
         agreement, alike, alone, quality = [], [], [], []
         for i in chosen:
             item = dataset[i]
-            image, label = item["image"].as_tensor()[None], item["label"].as_tensor() > 0.5
+            image = item["image"].as_tensor()[None]
             with recorded(matched) as found:
-                members = inferer(image, network)[0].unflatten(0, (-1, classes))
+                drawn = inferer(image, network)[0]
+            members = drawn.unflatten(0, (-1, classes))
             agreement += found
             alike.append(pairwise_dice(members))
             centre = CenterSpatialCrop(roi)(image[0])[None].as_tensor()
             alone.append(pairwise_dice(inferer(centre, network)[0].unflatten(0, (-1, classes))))
-            mean = (members.mean(0, keepdim=True) > 0.5).float()
-            quality.append(float(compute_dice(mean, label[None].float(), ignore_empty=False).mean()))
+            output = postprocess({**item, "pred": MetaTensor(drawn).copy_meta_from(item["image"])})
+            mean, label = (output[name].as_tensor()[None] > 0.5 for name in ("mean", "label"))
+            quality.append(float(compute_dice(mean, label, ignore_empty=False).mean()))
         figures = [statistics.mean(values) for values in (agreement, alike, alone, quality)]
         rows.append([str(len(chosen)), "yes" if matched else "no", *(f"{value:.3f}" for value in figures)])
     return rows

@@ -28,6 +28,7 @@ from benchmarks import (
     sampling,
     ssn,
     training,
+    windows,
 )
 from medsegdiff_monai.objective import mask_loss
 
@@ -557,3 +558,23 @@ def test_profile_counts_imports_by_package_and_compares_versions(tmp_path, monke
     text = (tmp_path / "page.md").read_text()
     assert "| medsegdiff --help | 0.50 | 0.25 |" in text and "| jinja2 | 2 |" in text
     assert "| cases.picture | 0.25 |" in text and "| aten::convolution | 50% |" in text
+
+
+def test_members_across_windows_are_measured_matched_and_not(tmp_path, monkeypatch):
+    """The mean is the same; what is recorded is a correlation of opinions, without their mean."""
+    (tmp_path / "Hippocampus3D").mkdir()
+    make_nifti_dataset(tmp_path / "Hippocampus3D", (19, 22, 9))
+    monkeypatch.setattr(
+        accuracy, "SETS", {"Hippocampus3D": ("hippocampus", {"roi_size": [16, 16, 8], "channels": [8, 8]})}
+    )
+    config = accuracy.configure("evaluate", "Hippocampus3D", tmp_path, 0)
+    network = config.get_parsed_content("network_def").eval()
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    with torch.no_grad():
+        plain, matched = windows.measure(config, network, 2)
+    assert (plain[1], matched[1]) == ("no", "yes") and plain[-1] == matched[-1]
+    assert -1 <= float(plain[2]) <= float(matched[2]) <= 1
+    members = torch.rand(4, 2, 5, 5)
+    assert windows.correlation(members, 2 * members + torch.rand(2, 5, 5)) == pytest.approx(1)
+    assert windows.correlation(members, -members) == pytest.approx(-1)
