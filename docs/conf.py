@@ -27,6 +27,8 @@ from medsegdiff_monai.__main__ import COMMANDS  # noqa: E402
 ELSEWHERE = {  # pages of the repository outside of this folder, by their names in the site
     **{page.stem: page for page in sorted(ROOT.glob("benchmarks/results/*.md"))},
     "federated": ROOT / "examples" / "federated" / "README.md",
+    "lidc": ROOT / "examples" / "lidc" / "ATTRIBUTION.md",
+    "full_size": ROOT / "benchmarks" / "full_size.md",
     "contributing": ROOT / "CONTRIBUTING.md",
     "changelog": ROOT / "CHANGELOG.md",
 }
@@ -109,7 +111,7 @@ def write_api() -> Iterator[Path]:
 def write_elsewhere() -> Iterator[Path]:
     """Write a page that includes each of those that are elsewhere."""
     for name, page in ELSEWHERE.items():
-        orphan = "---\norphan: true\n---\n" if page.parent.name == "results" else ""
+        orphan = "---\norphan: true\n---\n" if page.parent.name in ("results", "lidc", "benchmarks") else ""
         where = page.relative_to(ROOT).as_posix()
         yield write(name, f"{orphan}```{{include}} ../../{where}\n:relative-images:\n:relative-docs: ../../docs\n```")
 
