@@ -84,9 +84,12 @@ class Reader:
         return self.page.locator("[data-cy=data-row] span.text-base").all_inner_texts()
 
     def jump_to(self, segment: str) -> None:
-        """Show the middle of a segment."""
-        self.page.get_by_text(segment, exact=True).click()
-        self.page.wait_for_timeout(3_000)
+        """Choose a segment, and show its middle; a click before the segmentation is drawn leaves the first slice."""
+        for _ in range(5):
+            self.page.locator("[data-cy=data-row]").filter(has_text=segment).click()
+            self.page.wait_for_timeout(3_000)
+            if not self.page.get_by_text("I: 1 (1/").count():
+                return
 
     def hide(self, segment: str) -> None:
         """Close the eye beside a segment."""
