@@ -172,7 +172,7 @@ class CaseResult:
         maps = ["prob"] if "prob" in outputs else []
         maps += ["uncertainty_entropy", "uncertainty_mi"] if "uncertainty" in outputs else []
         for name in maps:
-            array = np.asarray(self.output[name].cpu()).astype(np.float32)
+            array = np.asarray(self.output[name].cpu()).astype(np.float32, copy=False)
             yield f"{name}.nii.gz", nifti_bytes(array, self.affine, dims)
         if "members" in outputs:
             yield "members.nii.gz", nifti_bytes(self.member_maps(), self.affine, dims, squeeze=False)

@@ -74,9 +74,8 @@ class Segmenter(nn.Module):
     """Segment images of any size as :class:`DiffusionEnsembleInferer` does, the members fused by their mean.
 
     ``torch.export``, ``torch.onnx.export`` and :func:`torch.jit.script` take it, as it has the whole ensemble inside.
-    The noise of the members is stored for one field of ``roi_size``, and repeats itself along larger images: a window
-    sees its piece of that endless field. For images of at most ``roi_size`` that is the inferer's own noise. All
-    members are drawn, whatever the inferer's ``agreement_threshold``.
+    The noise of the members is the inferer's, and stored. All members are drawn, whatever the inferer's
+    ``agreement_threshold``.
 
     Args:
         network: a trained :class:`medsegdiff_monai.networks.MedSegDiffUNet`; it is copied.
@@ -102,7 +101,7 @@ class Segmenter(nn.Module):
         self.roi_size = roi_size
         window: Any = inferer.window
         self.strides = [max(1, int(size * (1 - window.overlap))) for size in roi_size]
-        self.noise = nn.Buffer(inferer.noise(roi_size))
+        self.noise = nn.Buffer(inferer.noise())
         self.importance = nn.Buffer(compute_importance_map(tuple(roi_size), mode=window.mode))
         self.eval()
 

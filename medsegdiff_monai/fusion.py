@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 import itk
 import numpy as np
@@ -19,6 +20,8 @@ __all__ = [
     "check_fusion",
     "dice_matrix",
     "expected_dice_threshold",
+    "in_parts",
+    "largest_entropy",
     "mean_pairwise_dice",
     "most_different",
     "staple",
@@ -84,9 +87,44 @@ def check_fusion(fusion: str) -> str:
 
 def binary_entropy(probability: Tensor) -> Tensor:
     """Entropy in bits of a binary variable with that probability."""
-    entropy = torch.special.entr(1 - probability)
-    entropy += torch.special.entr(probability)  # in place: a field of a large volume takes much memory
-    return entropy.div_(np.log(2))
+    return (torch.special.entr(1 - probability) + torch.special.entr(probability)) / np.log(2)
+
+
+def in_parts(function: Callable[..., Tensor], *fields: Tensor) -> Tensor:
+    """Apply what works voxel by voxel to a part of large fields at a time, so that its own fields stay small.
+
+    Args:
+        function: takes parts (classes, voxels) of the fields to (..., voxels).
+        *fields: (classes, *spatial).
+
+    Returns:
+        (..., *spatial).
+    """
+    done, out = 0, torch.empty(0)
+    for part in zip(*(_parts(field) for field in fields)):
+        value = function(*part)
+        if not done:
+            out = value.new_empty(*value.shape[:-1], fields[0][0].numel())
+        out[..., done : done + value.shape[-1]] = value
+        done += value.shape[-1]
+    return out.reshape(*out.shape[:-1], *fields[0].shape[1:])
+
+
+def _parts(field: Tensor) -> Sequence[Tensor]:
+    return field.flatten(1).split(CHUNK, 1)
+
+
+def _above_half(probability: Tensor) -> Tensor:
+    return probability > 0.5
+
+
+def largest_entropy(probability: Tensor) -> Tensor:
+    """Entropy in bits of the class that is least certain, (*spatial), of probabilities (classes, *spatial)."""
+    return in_parts(lambda part: binary_entropy(part).amax(0), probability)
+
+
+def _largest_information(mean: Tensor, entropy: Tensor) -> Tensor:
+    return binary_entropy(mean).sub_(entropy).clamp_(min=0).amax(0)
 
 
 def dice_matrix(masks: Tensor) -> Tensor:
@@ -159,12 +197,14 @@ def expected_dice_threshold(mean: Tensor, votes: Tensor) -> float:
 class MemberSummary:
     """What fusion and uncertainty need of an ensemble's members, gathered as they arrive.
 
-    Only the members' masks are kept, a byte a voxel and class; of their probabilities and entropies only the sums.
-
     Args:
         members: probabilities of each member, (classes, *spatial), on one device.
         binarise: makes a member's masks of its probabilities, such as
             :meth:`medsegdiff_monai.transforms.Regions.binarise`; by default each class is cut at one half.
+
+    Attributes:
+        votes: the members' masks, boolean (members, classes, *spatial).
+        mean: of their probabilities, (classes, *spatial).
 
     Raises:
         InputError: where there are no members.
@@ -173,20 +213,18 @@ class MemberSummary:
     def __init__(self, members: Iterable[Tensor], binarise: Callable[[Tensor], Tensor] | None = None) -> None:
         votes: list[Tensor] = []
         for member in members:
-            member = member.float()
             if not votes:
-                self._probability, self._entropy = torch.zeros_like(member), torch.zeros_like(member)
-            self._probability += member
-            self._entropy += binary_entropy(member)
-            votes.append(member > 0.5 if binarise is None else binarise(member))
+                sums = [torch.zeros(member.shape, device=member.device) for _ in range(2)]
+            for probability, entropy, part in zip(*(_parts(field) for field in (*sums, member))):
+                probability += part
+                entropy += binary_entropy(part.float())
+            votes.append(in_parts(binarise or _above_half, member))
         if not votes:
             raise InputError("an ensemble without members cannot be fused: num_members must be at least 1.")
-        self.votes = torch.stack(votes)  # (members, classes, *spatial)
-
-    @property
-    def mean(self) -> Tensor:
-        """Mean of the members' probabilities, (classes, *spatial)."""
-        return self._probability / len(self.votes)
+        self.mean, mean_entropy = (total.div_(len(votes)) for total in sums)
+        self._information = in_parts(_largest_information, self.mean, mean_entropy)
+        del sums, mean_entropy  # a field of a large volume takes much memory
+        self.votes = torch.stack(votes)
 
     def fuse(self, fusion: str = "expected_dice") -> Tensor:
         """Fuse the members.
@@ -208,7 +246,7 @@ class MemberSummary:
         Returns:
             (*spatial) in [0, 1]: the entropy of the class that is least certain.
         """
-        return binary_entropy(self.mean).amax(0)
+        return largest_entropy(self.mean)
 
     def mutual_information(self) -> Tensor:
         """Entropy of the mean minus mean of the entropies, in bits: how far the members disagree.
@@ -216,9 +254,7 @@ class MemberSummary:
         Returns:
             (*spatial) in [0, 1], the largest over the classes; 0 where the members agree.
         """
-        information = binary_entropy(self.mean)
-        information -= self._entropy / len(self.votes)
-        return information.clamp_(min=0).amax(0)
+        return self._information
 
     def sizes(self) -> Tensor:
         """Number of voxels of each member's mask, (members, classes), float64."""
@@ -245,18 +281,14 @@ def _fuse_vote(members: MemberSummary) -> Tensor:
 
 def _fuse_expected_dice(members: MemberSummary) -> Tensor:
     pairs = zip(members.mean, members.votes.transpose(0, 1))
-    return torch.stack([_moved_to_half(mean, expected_dice_threshold(mean, votes)) for mean, votes in pairs])
+    found = torch.tensor([expected_dice_threshold(mean, votes) for mean, votes in pairs])
+    return in_parts(partial(_moved_to_half, threshold=found.to(members.mean)[:, None]), members.mean)
 
 
-def _moved_to_half(probability: Tensor, threshold: float) -> Tensor:
-    """Rescale probabilities below and above a threshold so that it becomes one half; their order stays."""
-    parts = probability.flatten().split(CHUNK)
-    return torch.cat([_rescaled(part, threshold) for part in parts]).reshape(probability.shape)
-
-
-def _rescaled(probability: Tensor, threshold: float) -> Tensor:
-    below = 0.5 * probability / max(threshold, 1 / LEVELS)
-    above = 0.5 + 0.5 * (probability - threshold) / max(1 - threshold, 1 / LEVELS)
+def _moved_to_half(probability: Tensor, threshold: Tensor) -> Tensor:
+    """Rescale probabilities (classes, voxels) so that the threshold of each becomes one half; their order stays."""
+    below = 0.5 * probability / threshold.clamp(min=1 / LEVELS)
+    above = 0.5 + 0.5 * (probability - threshold) / (1 - threshold).clamp(min=1 / LEVELS)
     half = torch.tensor(0.5, device=probability.device)
     above = above.maximum(half.nextafter(half + 1))  # what is just above the threshold is not rounded to one half
     return torch.where(probability > threshold, above, below.minimum(half))

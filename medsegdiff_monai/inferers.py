@@ -43,12 +43,12 @@ def _count(name: str, value: int | str) -> int:
 class DiffusionEnsembleInferer(Inferer):
     """Draw several masks for an image and return their probabilities, members as channels.
 
-    The noise of a member depends on the seed, its number, the step and the size of the field alone: it is the same for
-    every case, whatever the batch size or the order of cases and windows. Members come in pairs of opposite noise
-    (antithetic variates): each by itself is drawn as ever, and the mean of a few is nearer to that of many. Images
-    larger than ``roi_size`` are covered by :class:`medsegdiff_monai.windows.MemberWindows`: each window sees its piece
-    of one noise field, and members are matched from window to window, of those that are drawn at a time. Smaller images
-    are padded to ``roi_size``, and cropped back.
+    The noise of a member depends on the seed, its number, the step and ``roi_size`` alone: it is the same for every
+    case, whatever the batch size or the order of cases and windows. Members come in pairs of opposite noise (antithetic
+    variates): each by itself is drawn as ever, and the mean of a few is nearer to that of many. Images larger than
+    ``roi_size`` are covered by :class:`medsegdiff_monai.windows.MemberWindows`: the noise repeats itself along the
+    image, each window sees its piece of that field, and members are matched from window to window, of those that are
+    drawn at a time. Smaller images are padded to ``roi_size``, and cropped back.
 
     The image is encoded once per window (``network.encode_context``, where the network has it) and shared by all
     members and steps. Memory does not grow with the number of steps. Running out of it halves ``member_batch_size``
@@ -123,19 +123,18 @@ class DiffusionEnsembleInferer(Inferer):
         self.window = MemberWindows(self.roi_size, sw_batch_size, overlap)
         self._halved = False
 
-    def noise(self, size: Sequence[int], members: range | None = None, step: int = 0) -> Tensor:
-        """Return standard normal noise for a field of ``size``; members 1, 3, ... have the opposite of the one before.
+    def noise(self, members: range | None = None, step: int = 0) -> Tensor:
+        """Return standard normal noise; members 1, 3, ... have the opposite of the one before.
 
         Args:
-            size: spatial size of the field.
             members: numbers of the members; by default all.
             step: 0 for the noise that sampling starts from, i for what a stochastic sampler adds after its i-th step.
 
         Returns:
-            (members, classes, *size), float32, on the CPU.
+            (members, classes, *roi_size), float32, on the CPU.
         """
         members = range(self.num_members) if members is None else members
-        noise = torch.empty(len(members), self.num_classes, *size)
+        noise = torch.empty(len(members), self.num_classes, *self.roi_size)
         for field, member in zip(noise, members):
             pair, opposite = divmod(member, ANTITHETIC)
             # one generator for each pair; large odd factors keep neighbouring seeds, pairs and steps apart
@@ -181,7 +180,7 @@ class DiffusionEnsembleInferer(Inferer):
         drawn: list[Tensor] = []
         stable = _Stability(self.agreement_threshold)
         for members in (everyone[i : i + size] for i in range(0, self.num_members, size)):
-            noise = self.noise(image.shape[2:], members).to(image)
+            noise = self.noise(members).to(image)
             if context is None:
                 drawn.append(self._windows(image, noise, members, network))
             else:
@@ -196,12 +195,12 @@ class DiffusionEnsembleInferer(Inferer):
         return image if encode is None else encode(image)
 
     def _windows(self, image: Tensor, noise: Tensor, members: range, network: Callable) -> Tensor:
-        """Cover a large field (batch, channels, *field) by windows, each with its piece of the field's noise."""
+        """Cover a large field (batch, channels, *field) by windows, with noise (members, classes, *roi)."""
 
         def segment(window: Tensor, noise: Tensor) -> Tensor:
             return self._denoise(noise, members, self._encode(window, network), network)
 
-        return self.window(image, noise.expand(len(image), *noise.shape), segment)
+        return self.window(image, noise, segment)
 
     def _denoise(self, noise: Tensor, members: range, context: Tensor | list[Tensor], network: Callable) -> Tensor:
         """Take noise (batch, members, classes, *roi) to probabilities, as many members at a time as memory allows."""
@@ -235,7 +234,7 @@ class DiffusionEnsembleInferer(Inferer):
             out = network(x, torch.as_tensor(t, device=x.device).reshape(1), context)
             more = {}
             if stochastic:
-                more["noise"] = self.noise(shape[3:], members, i).to(x).repeat(shape[0], *[1] * (x.ndim - 1))
+                more["noise"] = self.noise(members, i).to(x).repeat(shape[0], *[1] * (x.ndim - 1))
             x, _ = scheduler.step(out.to(x.dtype), t, x, **more)
             if self.progress is not None:
                 self.progress(len(x))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 
 import nibabel as nib
 import numpy as np
@@ -26,4 +27,8 @@ def nifti_bytes(array: np.ndarray, affine: np.ndarray, spatial_dims: int, squeez
         array = array[:, :, None] if spatial_dims == 2 else array
     image = nib.Nifti1Image(array, affine)
     image.header.set_xyzt_units("mm")
-    return gzip.compress(image.to_bytes(), compresslevel=1, mtime=0)  # as nibabel: maps of noise get no smaller
+    buffer = io.BytesIO()
+    # level 1 as nibabel: maps of noise get no smaller
+    with gzip.GzipFile(filename="", mode="wb", compresslevel=1, fileobj=buffer, mtime=0) as file:
+        image.to_stream(file)  # slice by slice
+    return buffer.getvalue()

@@ -22,7 +22,8 @@ from monai.transforms import (
 from torch import Tensor
 
 from .errors import InputError
-from .fusion import MemberSummary, binary_entropy, check_fusion
+from .fusion import MemberSummary, check_fusion, in_parts, largest_entropy
+from .windows import LARGE
 
 __all__ = ["FuseMembersd", "LabelsToRegionsd", "NormalizeImaged", "RandCropByClassd", "Regions", "ToSpacingd"]
 
@@ -226,6 +227,13 @@ class LabelsToRegionsd(MapTransform):
         return d
 
 
+def _release(members: Tensor) -> None:
+    """Give the memory of a large volume's members back, which the engine would hold until all maps are made."""
+    storage = members.untyped_storage()
+    if members.numel() > LARGE and storage.nbytes() == members.numel() * members.element_size():
+        storage.resize_(0)
+
+
 class FuseMembersd(MapTransform):
     """Fuse the members of an ensemble into mask, probability and uncertainty; thresholding comes last.
 
@@ -241,6 +249,8 @@ class FuseMembersd(MapTransform):
     - ``member_masks`` (members, classes, *spatial): the mask that each member makes by itself, boolean;
     - ``member_sizes`` (members, classes): share of the voxels that each member's mask fills;
     - ``pairwise_dice`` (classes,): mean Dice over pairs of members.
+
+    Of more than ``LARGE`` values, the members that were read are given up: their tensor is empty afterwards.
 
     Args:
         keys: the key to read, usually ``pred``.
@@ -282,14 +292,16 @@ class FuseMembersd(MapTransform):
         first = next(members)
         plain = (m.as_tensor() if isinstance(m, MetaTensor) else m for m in chain([first], members))
         summary = MemberSummary(plain, self.regions.binarise)
-        masks, mean = self.regions.binarise(summary.fuse(self.fusion)), summary.mean
-        probability = mean.clone() if self.calibrate is None else self.calibrate(mean[None])[0]
+        _release(data[key])
+        masks, mean = in_parts(self.regions.binarise, summary.fuse(self.fusion)), summary.mean
+        calibrate = self.calibrate
+        probability = mean.clone() if calibrate is None else in_parts(lambda part: calibrate(part[None])[0], mean)
         maps = {
             key: self.regions.label_map(masks),
-            "mask": masks.float(),
+            "mask": masks.to(torch.uint8),
             "mean": mean,
             "prob": probability,
-            "uncertainty_entropy": binary_entropy(probability).amax(0, keepdim=True),
+            "uncertainty_entropy": largest_entropy(probability)[None],
             "uncertainty_mi": summary.mutual_information()[None],
         }
         if isinstance(first, MetaTensor):

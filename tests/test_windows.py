@@ -7,7 +7,7 @@ import torch
 from ignite.engine import Engine
 from monai.inferers import SlidingWindowInferer
 
-from medsegdiff_monai import windows
+from medsegdiff_monai import transforms, windows
 from medsegdiff_monai.handlers import CaseProgress
 from medsegdiff_monai.inferers import DiffusionEnsembleInferer
 from medsegdiff_monai.schedulers import DDIMScheduler
@@ -30,7 +30,8 @@ def test_the_best_match_undoes_a_shuffle():
 def test_the_mean_of_the_members_is_that_of_plain_sliding_windows(size):
     """MONAI's inferer, with the noise of all members as further channels, knows nothing of a match."""
     drawn = inferer(num_classes=2, num_members=4)
-    image, noise = torch.rand(2, 1, *size), drawn.noise(size)
+    image = torch.rand(2, 1, *size)
+    noise = drawn.noise().repeat(1, 1, 2, 3)[..., : size[0], : size[1]]
 
     def network(x, timesteps, context):
         return (x + 2 * context.mean((2, 3), keepdim=True) - 1).tanh()
@@ -47,10 +48,10 @@ def test_the_mean_of_the_members_is_that_of_plain_sliding_windows(size):
 
 @pytest.mark.parametrize("overlap", [0.25, 0.5])
 def test_a_member_is_one_opinion_in_all_windows(overlap):
-    """A network that marks all or nothing, as the noise of its window happens to add up: two sure opinions."""
+    """A network that marks all or nothing, as the noise in the corner of its window happens to be: two opinions."""
 
     def opinionated(x, timesteps, context):
-        return x.sum((2, 3), keepdim=True).sign().expand_as(x)
+        return x[..., :1, :1].sign().expand_as(x)
 
     drawn = inferer(num_classes=1, num_members=2, overlap=overlap)
     members = drawn(torch.rand(3, 1, 40, 40), opinionated)
@@ -58,11 +59,30 @@ def test_a_member_is_one_opinion_in_all_windows(overlap):
     assert torch.equal(members[:, :, 0, 0].sort().values, torch.tensor([[0.0, 1.0]] * 3))
 
 
+def test_members_of_a_large_image_take_half_the_memory(monkeypatch):
+    """They come in half precision, and fusing them gives their memory back; of a batch, each case keeps its own."""
+    image = torch.rand(2, 1, 14, 21)
+    drawn = inferer(num_classes=2, num_members=4)
+    exact = drawn(image, lambda x, *_: x)
+    monkeypatch.setattr(windows, "LARGE", exact.numel() - 1)
+    monkeypatch.setattr(transforms, "LARGE", exact[0].numel() - 1)
+    half = drawn(image, lambda x, *_: x)
+    assert exact.dtype == torch.float32 and half.dtype == torch.float16
+    torch.testing.assert_close(half.float(), exact, atol=2**-11, rtol=0)
+    fuse = transforms.FuseMembersd("pred", num_classes=2)
+    alone = half[0].clone()
+    fused, again = fuse({"pred": half[0]}), fuse({"pred": alone})
+    assert alone.untyped_storage().nbytes() == 0 and torch.equal(fused["mean"], again["mean"])
+    torch.testing.assert_close(
+        fuse({"pred": half[1]})["mean"], exact[1].unflatten(0, (4, 2)).mean(0), atol=1e-3, rtol=0
+    )
+
+
 def test_classes_are_matched_together():
     """A label map of several classes is one opinion: a member keeps its classes."""
 
     def opinionated(x, timesteps, context):
-        side = x.sum((1, 2, 3), keepdim=True).sign()
+        side = x[:, :1, :1, :1].sign()
         return torch.cat([side, -side], 1).expand_as(x)
 
     members = inferer(num_classes=2, num_members=2)(torch.rand(1, 1, 20, 20), opinionated).unflatten(1, (2, 2))
