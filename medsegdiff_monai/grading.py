@@ -253,7 +253,7 @@ def reasons_to_look(
     power = masks.ndim - 1
     for k, (name, expected) in enumerate(zip(names, graded.expected.tolist())):
         if expected < DISAGREEMENT:
-            found.append(f"members disagree on {name} (expected Dice {expected:.2f})")
+            found.append(f"low expected Dice of {name} ({expected:.2f})")
         if not masks[k].any():
             found.append(f"{name} is empty")
             continue

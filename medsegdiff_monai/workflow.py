@@ -19,7 +19,7 @@ from .files import write_atomically
 from .settings import find_bundle_root
 from .variables import VARIABLES
 
-__all__ = ["copy_bundle", "evaluate", "train", "trained_files"]
+__all__ = ["copy_bundle", "evaluate", "say_command", "train", "trained_files"]
 
 OVERLAY = "overlay.json"  # in the folder of a training
 WEIGHTS = "models/model.pt"
@@ -83,17 +83,27 @@ def train(dataset: str, output: str, bundle_root: str | None = None, **override:
         **override: config variables, which take precedence over the chosen settings.
 
     Raises:
-        InputError: for faults of the data, and variables that do not fit, before anything is trained.
+        InputError: for faults of the data, variables that do not fit, and an output folder that holds another training,
+            before anything is trained.
     """
+    _refuse_to_replace(output, override)
     root = bundle_root or find_bundle_root()
     overlay = Path(output) / OVERLAY
-    check(dataset, str(overlay))
+    check(dataset, str(overlay), advises=False)
     _keep(overlay, override)
     where = {"bundle_root": root, "dataset_dir": dataset, "output_dir": output, "ckpt_dir": f"{output}/models"}
     _run("training", [f"{root}/configs/train.json", str(overlay)], {**where, **override})
     print(f"Report: {output}/training_report.md")
     for command, what in (("evaluate", shlex.quote(dataset)), ("segment", "IMAGE")):
         print(f"Next:   medsegdiff {command} {what} --trained {shlex.quote(output)} --output_dir OUT")
+
+
+def _refuse_to_replace(output: str, override: Mapping[str, Any]) -> None:
+    resumes = "resume" in override and VARIABLES["resume"].read(override["resume"])
+    if not resumes and (held := sorted((Path(output) / WEIGHTS).parent.glob("*.pt"))):
+        raise InputError(
+            f"{held[-1]}: of an earlier training: add --resume true to continue it, or choose another --output_dir."
+        )
 
 
 def _keep(overlay: Path, override: Mapping[str, Any]) -> None:
@@ -142,10 +152,22 @@ def evaluate(
 def _run(what: str, files: Sequence[str], variables: dict[str, Any]) -> None:
     given = to_be_set(variables)
     read_config(files, **given)
-    listed = "[" + ",".join(f"'{file}'" for file in files) + "]"
-    words = [f"--{name} {shlex.quote(str(value))}" for name, value in variables.items()]
-    print(f"Runs: python -m monai.bundle run {what} --config_file {shlex.quote(listed)} {' '.join(words)}", flush=True)
+    say_command(what, files, variables)
     run(what, config_file=list(files), **given)
+
+
+def say_command(what: str, files: Sequence[str], variables: Mapping[str, Any]) -> None:
+    """Print the command of MONAI that does the same.
+
+    Args:
+        what: ``training``, ``evaluating`` or ``inference``.
+        files: configs, the later ones over the earlier.
+        variables: that are set on the command line.
+    """
+    given = {"config_file": list(files), **variables}
+    texts = {name: json.dumps(value) if isinstance(value, list) else str(value) for name, value in given.items()}
+    words = " ".join(f"--{name} {shlex.quote(text)}" for name, text in texts.items())
+    print(f"Runs: python -m monai.bundle run {what} {words}", flush=True)
 
 
 def copy_bundle(output: str, bundle_root: str | None = None) -> None:

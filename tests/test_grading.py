@@ -139,7 +139,7 @@ NONE = torch.tensor([torch.nan])
     ("case", "words"),
     [
         ({}, ""),
-        ({"expected": 0.4}, "members disagree on tumour (expected Dice 0.40)"),
+        ({"expected": 0.4}, "low expected Dice of tumour (0.40)"),
         ({"mask": "empty"}, "tumour is empty"),
         ({"mask": "full"}, "tumour touches every border"),
         ({"size": 90.0}, "size of tumour 90 mm^2 (training: 4 to 20)"),

@@ -82,6 +82,15 @@ def test_slow_iterations_are_not_waited_for(clock, caplog, monkeypatch):
     assert said(caplog)[0].endswith(", in 0:00:18, of which validation takes 0:00:12.")
 
 
+def test_the_duration_is_said_again_when_images_get_more_masks(clock, caplog, monkeypatch):
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(progress, "_masks_per_image", lambda engine: 1 if engine.state.epoch <= 5 else 2)
+    run(clock, epochs=10, iterations=4, val_interval=3)
+    early, late = said(caplog)
+    assert early.endswith(", in 0:01:44, of which validation takes 0:00:48.")
+    assert late.endswith(", in 0:00:40, of which validation takes 0:00:24.")  # 8 iterations, and the epochs 9 and 10
+
+
 def test_a_training_of_a_few_iterations_says_nothing(clock, caplog):
     caplog.set_level(logging.INFO)
     run(clock, epochs=1, iterations=11)

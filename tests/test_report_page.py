@@ -28,7 +28,7 @@ def made_rows(count: int = 12, names: tuple[str, ...] = ("disc", "cup"), scored:
     rows = []
     for i in range(count):
         dice = (i + 1) / (count + 1)
-        row: dict[str, Any] = {"case": f"c{i}", "flag": "members disagree on disc" if i % 5 == 0 else ""}
+        row: dict[str, Any] = {"case": f"c{i}", "flag": "low expected Dice of disc (0.40)" if i % 5 == 0 else ""}
         for k, name in enumerate(names):
             row |= {f"expected_dice_{name}": 0.4 + 0.5 * dice + 0.01 * k, f"area_px_{name}": 100.0 + i}
             if scored:
@@ -237,7 +237,7 @@ const found = {width: document.body.scrollWidth};
 found.rising = click(at('Dice disc'));
 found.falling = click(at('Dice disc'));
 found.names = click(0);
-filter.value = 'DISAGREE disc';
+filter.value = 'LOW disc';
 filter.dispatchEvent(new Event('input'));
 found.filtered = column(0);
 found.shown = document.querySelector('#shown').textContent;

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 from ignite.engine import Engine, Events
+from matplotlib.figure import Figure
 from PIL import Image
 
 from medsegdiff_monai.handlers import ClassMetrics, SaturationWarning, TensorBoardLog, TrainingHistory, TrainingReport
-from medsegdiff_monai.handlers.history import read_history
+from medsegdiff_monai.handlers.history import plot_curves, read_history
 from medsegdiff_monai.variables import VARIABLES
 
 from .conftest import PICTURE_SETTINGS, VOLUME_SETTINGS, make_png_dataset
@@ -71,6 +72,18 @@ def test_the_report_records_every_variable_that_is_declared(bundle, pictures):
     assert found["dataset_dir"] == str(pictures) and found["device"] == "cpu" and found["objective"] == "ensemble"
     assert json.loads(found["augmentation"]) == noise and found["regions"] == '{"a\\|b": [1]}'
     assert (found["use_ff_parser"], found["spacing"], found["channels"]) == ("false", "null", "[8, 8]")
+
+
+def test_the_curves_tell_losses_of_single_masks_from_those_of_sets(bundle, pictures, capsys):
+    """Through the real config, whose validations record the classes: the first half of the epochs has single masks."""
+    settings = {**PICTURE_SETTINGS, "dataset_dir": pictures, "regions": {"disc": [1]}, "val_interval": 1}
+    out = bundle("train", **settings, train_num_members=3, max_epochs=4)
+    rows = read_history(out)
+    assert [row["masks_per_image"] for row in rows] == [1, 1, 3, 3]
+    assert capsys.readouterr().out.count("From epoch 3 on, the loss scores 3 masks of each image together") == 1
+    left, right = Figure().subplots(1, 2)
+    plot_curves(left, right, rows)
+    assert [line.get_label() for line in left.lines] == ["1 mask per image", "3 masks per image"]
 
 
 def test_volumes_have_pictures_too(bundle, volumes):

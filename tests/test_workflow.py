@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shlex
 import subprocess
 import sys
 import zipfile
@@ -37,11 +38,24 @@ def test_train_evaluate_and_segment(volumes, tmp_path, monkeypatch, capsys):
     assert "| max_epochs | 1 |" in Path(report).read_text()
     overlay = json.loads(Path("mine/overlay.json").read_text())
     assert overlay["channels"] == [8, 8] and overlay.get("max_epochs") != 1
+    assert "Next:    python -m monai.bundle run training" not in said  # which runs already
+    weights = Path("mine/models/model.pt").read_bytes()
+    with pytest.raises(InputError, match=r"mine/models/model\.pt: of an earlier training: add --resume true"):
+        call(monkeypatch, "train", volumes, "-o", "mine", *small)
+    assert Path("mine/models/model.pt").read_bytes() == weights
+    call(monkeypatch, "train", volumes, "-o", "mine", *small, "--resume", "true", "--max_epochs", 2)
+    capsys.readouterr()
     call(monkeypatch, "evaluate", volumes, "--trained", "mine", "--output_dir", "scores", "--device", "cpu")
     with open("scores/cases.csv", newline="") as file:
         assert [row["case"] for row in csv.DictReader(file)] == ["image_4"]
     call(monkeypatch, "segment", volumes / "image_4.nii.gz", "--trained", "mine", "-o", "masks", "--device", "cpu")
     assert Path("masks/image_4/image_4_seg.nii.gz").is_file()
+    said = capsys.readouterr().out
+    evaluating, inference = (line for line in said.splitlines() if line.startswith("Runs: "))
+    assert "run evaluating --config_file" in evaluating and "--checkpoint mine/models/model.pt" in inference
+    options = dict(word.split(" ", 1) for word in inference.split(" --")[1:])
+    (configs,) = shlex.split(options["config_file"])
+    assert json.loads(configs)[-1] == "mine/overlay.json" and options["output_dir"] == "masks"
     assert (ROOT / "bundle" / "models" / "model.pt").read_bytes() == shipped
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ __all__ = ["TrainingHistory", "metric_names", "plot_curves", "read_history"]
 
 Rows = list[dict[str, float]]
 
-NOT_METRICS = ("epoch", "loss", "seconds", "seconds_waiting", "seconds_validating")
+NOT_METRICS = ("epoch", "loss", "masks_per_image", "seconds", "seconds_waiting", "seconds_validating")
 
 
 def read_history(output_dir: str | Path) -> Rows:
@@ -39,8 +40,12 @@ def metric_names(rows: Sequence[Mapping[str, float]]) -> list[str]:
 
 def plot_curves(left: Any, right: Any, rows: Rows) -> None:
     """Draw the loss into one pair of axes, the validation metrics into another."""
-    left.plot([r["epoch"] for r in rows], [r["loss"] for r in rows])
+    for number, part in groupby(rows, lambda row: row.get("masks_per_image", 1.0)):  # losses on different scales
+        label = f"{number:.0f} mask{'s' if number > 1 else ''} per image"
+        left.plot(*zip(*((r["epoch"], r["loss"]) for r in part)), marker=".", label=label)
     left.set(xlabel="epoch", ylabel="training loss", yscale="log")
+    if len(left.lines) > 1:
+        left.legend(fontsize="small")
     for name in metric_names(rows):
         points = [(r["epoch"], r[name]) for r in rows if name in r]
         right.plot(*zip(*points), marker=".", label=name)
@@ -53,7 +58,7 @@ class TrainingHistory:
     """Write loss, validation metrics and times of each epoch as ``history.csv``, the curves as ``curves.png``.
 
     ``seconds`` is the time of an epoch without its validation, ``seconds_waiting`` that in which the network waited
-    for a batch. Attach to the trainer (:mod:`.order`).
+    for a batch, ``masks_per_image`` how many masks of an image the loss scored. Attach to the trainer (:mod:`.order`).
 
     Args:
         output_dir: folder to write to.
@@ -90,6 +95,7 @@ class TrainingHistory:
         row = {
             "epoch": float(engine.state.epoch),
             "loss": sum(self._losses) / len(self._losses),
+            "masks_per_image": float(getattr(getattr(engine, "prepare_batch", None), "num_members", 1)),
             "seconds": engine.state.times[Events.EPOCH_COMPLETED.name] or 0.0,
             "seconds_waiting": self._waiting.value(),
         }

@@ -58,7 +58,8 @@ class ExpectedDuration:
     """Say in the log, early in a training, how long it will take with its validations.
 
     That is measured on iterations after the first ones, and on one validation case, which is read and segmented for it;
-    it changes nothing of the training. Where only a few iterations are left, nothing is said.
+    it changes nothing of the training. It is measured and said again when the trainer draws more masks of each image,
+    which takes longer (:class:`.WarmStart`). Where only a few iterations are left, nothing is said.
 
     Args:
         validator: MONAI's evaluator of the training.
@@ -79,11 +80,14 @@ class ExpectedDuration:
     def _begin(self, engine: Engine) -> None:
         self._measured: list[float] = []
         self._said = False
+        self._masks = _masks_per_image(engine)
 
     def _ask(self, engine: Engine) -> None:
         self._asked = time.perf_counter()
 
     def _step(self, engine: Engine) -> None:
+        if self._masks != _masks_per_image(engine):
+            self._begin(engine)
         if not self._said:
             self._measured.append(time.perf_counter() - self._asked)
             times = self._measured[WARM_UP:]
@@ -109,6 +113,10 @@ class ExpectedDuration:
             self.validator._process_function(self.validator, state.batch)
         state.batch = state.output = None
         return time.perf_counter() - began
+
+
+def _masks_per_image(engine: Engine) -> int:
+    return getattr(getattr(engine, "prepare_batch", None), "num_members", 1)
 
 
 class CaseProgress:

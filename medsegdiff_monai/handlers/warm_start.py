@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
+import ignite.distributed as idist
 from ignite.engine import Engine, Events
 
 from ..objective import SegmentationDiffusionPrepareBatch
 
 __all__ = ["WarmStart"]
+
+logger = logging.getLogger(__name__)
 
 
 class WarmStart:
@@ -50,7 +54,13 @@ class WarmStart:
         if record is not None and record.letters.any():
             self.at(1.0)
             return
+        before = self.prepare_batch.num_members
         self.at(state.epoch / state.max_epochs)
+        if before < self.prepare_batch.num_members and idist.get_rank() == 0:
+            logger.info(
+                f"From epoch {state.epoch} on, the loss scores {self.num_members} masks of each image together: it is "
+                "on another scale, and epochs take longer."
+            )
         if self.validator is not None and (state.epoch - 1) / state.max_epochs <= self.share:
             self.validator.state.best_metric = self.validator.state.best_metric_epoch = -1
 

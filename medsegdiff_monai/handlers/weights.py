@@ -58,6 +58,10 @@ class ModelEMA(EMAHandler):
         if step is not None:
             setattr(engine.state, name, max(self.momentum, 9 / (10 + step - self.first_step)))
             super()._update_ema_model(engine, name)
+            # Ignite lets both networks share the memory of their buffers: what validation records in one is not the
+            # other's, which would seem to have been trained before
+            for buffer in self.ema_model.buffers():
+                buffer.data = buffer.data.clone()
 
 
 class WeightsLoader(CheckpointLoader):

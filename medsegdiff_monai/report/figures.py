@@ -15,7 +15,7 @@ from .statistics import Grading
 
 __all__ = ["reliability_chart", "risk_chart", "scatter_chart"]
 
-WIDTH, HEIGHT, LEFT, TOP, SIDE = 300, 284, 46, 26, 220  # of a chart and of its square plot
+WIDTH, HEIGHT, LEFT, TOP, SIDE = 308, 284, 54, 26, 220  # of a chart and of its square plot
 FRAME = Markup(
     '<svg class="chart" viewBox="0 0 {w} {h}" role="img" aria-label="{title}: {y} against {x}">'
     '<text class="title" x="{left}" y="14">{title}</text>{grid}{marks}'
@@ -81,7 +81,7 @@ def risk_chart(grading: Grading) -> Markup:
     plot.line([0, 1], [risk[-1], risk[-1]], "ideal", "at random")
     plot.line(coverage.tolist(), best.tolist(), "before", "in perfect order")
     plot.line(coverage.tolist(), risk.tolist(), "", "by expected Dice")
-    return plot.svg("risk and coverage", "share of cases kept", "their mean 1 − Dice")
+    return plot.svg("risk and coverage", "share of cases kept", "mean of 1 − Dice")
 
 
 def _rounded_up(value: float) -> float:

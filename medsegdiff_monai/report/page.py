@@ -188,7 +188,7 @@ def _extremes(rows: Sequence[Row], cards: _Cards, scored: bool) -> dict[str, Any
 
 def _scores(rows: Sequence[Row], names: Sequence[str], tolerance: float | None, scored: bool) -> dict[str, Any]:
     if not scored:
-        note = "What the members' agreement says of cases without labels: not measured."
+        note = "Estimated from the members' agreement, since there are no labels: not measured."
         return {"classes_title": "Expected scores", "classes": expected_table(rows, names), "classes_note": note}
     unit = unit_of(rows)
     table = class_table(rows, names, unit, tolerance)

@@ -98,7 +98,7 @@ def expected_table(rows: Sequence[Row], names: Sequence[str]) -> Table:
             mean, median = sum(values) / len(values), values[len(values) // 2]
             lines.append([name, str(len(values)), _text(mean), _text(median), _text(values[0]), _text(below, ".0%")])
     return _without_empty(
-        ["class", "cases", "mean expected Dice", "median", "least", f"expected below {FAILED:g}"], lines
+        ["class", "cases", "mean expected Dice", "median", "lowest", f"expected below {FAILED:g}"], lines
     )
 
 
