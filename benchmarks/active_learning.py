@@ -151,7 +151,8 @@ Written by `python -m benchmarks.active_learning --data_root DIR` from `benchmar
 the network of the round before is the least sure, or others at random. Networks are trained anew in each round, for the
 same CPU time of one thread; all strategies of a seed begin with the same cases. Dice is the mean over classes and
 cases, ± standard deviation over seeds. The gain is the mean difference from random choice over all rounds after the
-first network and over seeds, with a 95 % interval by bootstrap over cases.
+first network and over seeds, with a 95 % interval by bootstrap over cases: with one seed, that leaves out the luck of
+the draw.
 """
 
 
