@@ -29,7 +29,7 @@ def segment(
     """Segment single images through the bundle's ``inference.json``; finished ones are skipped.
 
     Args:
-        *images: files (NIfTI, NRRD, MHA, PNG, JPEG, BMP) or folders that hold a DICOM series.
+        *images: files (NIfTI, NRRD, MHA, PNG, JPEG, TIFF, BMP) or folders that hold a DICOM series.
         output_dir: folder to write to.
         bundle_root: the bundle's folder; found in the working directory where it is not given.
         config_file: config, or list of configs, in place of ``configs/inference.json``.
@@ -42,15 +42,18 @@ def segment(
 
     from .configs import OPTIONS_OF_RUN, merge_configs, to_be_set
     from .settings import find_bundle_root
+    from .workflow import say_command
 
     if not images:
         raise InputError("segment: give at least one image, for instance: segment scan.nii.gz --output_dir results")
     root = bundle_root or find_bundle_root()
     config = config_file or f"{root}/configs/inference.json"
     options = {name: value for name, value in override.items() if name in OPTIONS_OF_RUN}
-    variables = to_be_set({**override, "bundle_root": root, "images": list(images), "output_dir": output_dir})
-    variables = {name: value for name, value in variables.items() if name not in OPTIONS_OF_RUN}
+    given = {**override, "bundle_root": root, "images": list(images), "output_dir": output_dir}
+    given = {name: value for name, value in given.items() if name not in OPTIONS_OF_RUN}
+    variables = to_be_set(given)
     merge_configs(config, **variables)
+    say_command("inference", [config] if isinstance(config, str) else config, given)
     try:
         run(config_file=config, **options, **variables)  # which checks them first
     except Exception as error:
@@ -208,7 +211,8 @@ def summarize_folds(folders: Sequence[str], output: str) -> None:
 
 
 def _add_root(parser: cli.Parser) -> None:
-    parser.add_argument("--bundle_root", metavar="DIR", help="folder of the bundle, where it is not found")
+    text = "folder of the bundle; by default the one in the working directory, else the installed one"
+    parser.add_argument("--bundle_root", metavar="DIR", help=text)
 
 
 def _add_config(parser: cli.Parser) -> None:
@@ -221,7 +225,8 @@ def _add_config(parser: cli.Parser) -> None:
 def _segment_options(parser: cli.Parser) -> None:
     parser.usage = "%(prog)s IMAGE ... --output_dir DIR [--VARIABLE VALUE ...]"
     text = (
-        "files (NIfTI, NRRD, MHA, TIFF, PNG, JPEG, BMP) or folders of a DICOM series; after -- also those with a dash"
+        "files (NIfTI, NRRD, MHA, TIFF, PNG, JPEG, BMP) or folders of a DICOM series; those that begin with a dash go "
+        "after --"
     )
     parser.add_argument("images", nargs="*", metavar="IMAGE", help=text)
     parser.add_argument("-o", "--output_dir", metavar="DIR", required=True, help="folder to write to")
@@ -262,10 +267,12 @@ def _init_options(parser: cli.Parser) -> None:
 
 
 def _prepare_options(parser: cli.Parser) -> None:
-    parser.add_argument("kind", help="refuge, brats, ddti, decathlon, folder (images/ and labels/ matched by name) ...")
+    parser.add_argument(
+        "kind", help="refuge, brats, ddti, decathlon, nnunet, or folder (images/ and labels/ matched by name)"
+    )
     parser.add_argument("--source", metavar="DIR", required=True, help="folder of the download; it is never altered")
-    parser.add_argument("--output", metavar="DIR", required=True, help="folder to write to")
-    parser.add_argument("--seed", type=int, default=0, help="of the split, where none is given")
+    parser.add_argument("-o", "--output", metavar="DIR", required=True, help="folder to write to")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the split, if the data come without one")
     parser.add_argument("--workers", type=int, help="cases at a time; by default one for each processor")
     for name, text in PREPARE.items():
         parser.add_argument(f"--{name}", metavar="VALUE", default=cli.UNSET, help=text)
@@ -274,27 +281,29 @@ def _prepare_options(parser: cli.Parser) -> None:
 def _check_options(parser: cli.Parser) -> None:
     parser.add_argument("--dataset", metavar="DIR", required=True, help="folder that holds dataset.json")
     parser.add_argument("--write", metavar="FILE", help="overlay to write with the variables that fit")
-    parser.add_switch("--strict", "whether warnings count as errors")
+    parser.add_switch("--strict", "count warnings as errors")
 
 
 def _export_options(parser: cli.Parser) -> None:
     parser.usage = "%(prog)s --output FILE [--VARIABLE VALUE ...]"
     text = "file to write: .pt2 (torch.export), .onnx, or .ts or .pt (TorchScript)"
-    parser.add_argument("--output", metavar="FILE", required=True, help=text)
+    parser.add_argument("-o", "--output", metavar="FILE", required=True, help=text)
     _add_config(parser)
 
 
 def _package_options(parser: cli.Parser) -> None:
     text = "folder to write a folder and a zip to; an earlier package there is replaced"
-    parser.add_argument("--output", metavar="DIR", required=True, help=text)
+    parser.add_argument("-o", "--output", metavar="DIR", required=True, help=text)
     _add_root(parser)
     parser.add_argument("--results", metavar="FILE", help="measured results, in place of benchmarks/results.jsonl")
-    parser.add_argument("--weights_url", metavar="URL", help="address to download the weights from, above 25 MB")
+    parser.add_argument("--weights_url", metavar="URL", help="address to download the weights from, needed above 25 MB")
 
 
 def _demo_options(parser: cli.Parser) -> None:
-    parser.add_argument("--output_dir", metavar="DIR", default="demo_output", help="folder to write to")
-    parser.add_switch("--lidc", "draw what four radiologists and the bundle say of lung nodules; nothing is trained")
+    parser.add_argument("-o", "--output_dir", metavar="DIR", default="demo_output", help="folder to write to")
+    parser.add_switch(
+        "--lidc", "draw lung nodules as outlined by four radiologists and by the bundle; nothing is trained"
+    )
 
 
 def _settings_options(parser: cli.Parser) -> None:
@@ -305,21 +314,21 @@ def _settings_options(parser: cli.Parser) -> None:
 def _members_options(parser: cli.Parser) -> None:
     text = "folder of each member, such as a fold of nnU-Net: masks or probabilities, a file for each case"
     parser.add_argument("folders", nargs="+", metavar="DIR", help=text)
-    parser.add_argument("--output", metavar="DIR", required=True, help="folder to write tables and report to")
+    parser.add_argument("-o", "--output", metavar="DIR", required=True, help="folder to write tables and report to")
     parser.add_argument("--labels", metavar="DIR", help="folder of the label maps, if there are any")
     text = "label values of each class, such as {'disc': [1, 2], 'cup': [2]}, where no dataset.json says so"
     parser.add_argument("--regions", metavar="VALUE", default=cli.UNSET, help=text)
     text = "what follows the case's name in the members' files, such as _prob"
     parser.add_argument("--suffix", metavar="TEXT", default=cli.UNSET, help=text)
-    text = "how one mask is made: mean (default), vote, staple or expected_dice"
+    text = "how members are combined into one mask: mean (default), vote, staple or expected_dice"
     parser.add_argument("--fusion", metavar="NAME", default=cli.UNSET, help=text)
-    text = "distance in mm, or pixels, up to which surfaces count as equal (1)"
+    text = "distance in mm, or pixels, up to which surfaces count as equal; by default 1"
     parser.add_argument("--tolerance", metavar="NUMBER", type=float, default=cli.UNSET, help=text)
 
 
 def _folds_options(parser: cli.Parser) -> None:
     parser.add_argument("folders", nargs="+", metavar="DIR", help="what the evaluation of each fold has written")
-    parser.add_argument("--output", metavar="DIR", required=True, help="folder to write tables and report to")
+    parser.add_argument("-o", "--output", metavar="DIR", required=True, help="folder to write tables and report to")
 
 
 COMMANDS = {
@@ -328,9 +337,11 @@ COMMANDS = {
     "segment": cli.Command("Segment single images; finished ones are skipped.", _segment_options, segment_trained),
     "train": cli.Command("Check a data set, choose the settings that fit it, and train.", _train_options, train),
     "evaluate": cli.Command("Segment the cases of a data set and score them.", _evaluate_options, evaluate),
-    "init": cli.Command("Write a copy of the bundle, to be changed.", _init_options, init),
-    "export": cli.Command("Write the segmenter as one file of TorchScript or ONNX.", _export_options, export),
-    "package": cli.Command("Write the bundle as MONAI's model zoo takes it.", _package_options, package),
+    "init": cli.Command("Write a copy of the bundle, to edit.", _init_options, init),
+    "export": cli.Command(
+        "Write the segmenter as one file: torch.export, ONNX or TorchScript.", _export_options, export
+    ),
+    "package": cli.Command("Write the bundle in the layout of MONAI's model zoo.", _package_options, package),
     "demo": cli.Command(
         "Train on real MRI, score and show the result; or, with --lidc, show masks of lung nodules.",
         _demo_options,
@@ -339,9 +350,7 @@ COMMANDS = {
     "evaluate-members": cli.Command(
         "Grade the masks or probabilities of any ensemble, such as nnU-Net's folds.", _members_options, evaluate_members
     ),
-    "summarize-folds": cli.Command(
-        "Put the evaluations of a cross-validation's folds together.", _folds_options, summarize_folds
-    ),
+    "summarize-folds": cli.Command("Summarize the folds of a cross-validation.", _folds_options, summarize_folds),
     "settings": cli.Command("List the variables of train, evaluate or inference.", _settings_options, settings),
 }
 

@@ -21,30 +21,15 @@ from monai.utils import OptionalImportError, ensure_tuple
 from .errors import InputError, find_input_error, show_input_errors_plainly
 from .kinds import is_place
 from .settings import as_bool, tell_of_other_weights
-from .variables import CONFIGS, VARIABLES, find_clashes, recorded, suggest
+from .variables import CONFIGS, PARTS, VARIABLES, find_clashes, recorded, suggest
 
 __all__ = ["OPTIONS_OF_RUN", "as_written", "check", "check_config", "merge_configs", "read_config", "to_be_set"]
 
 logger = logging.getLogger(__name__)
 
-# What the configs hold besides variables, by the id it stands under
-PARTS = {
-    "": {
-        "additional_metrics", "data_spec", "dataloader", "dataset", "datalist", "ddp_network", "displayable_configs",
-        "ema_network", "evaluating", "evaluator", "field_size", "finalize", "handlers", "imports", "inference",
-        "inferer", "initialize", "key_metric", "loss", "lr_scheduler", "made_with", "mask_and_label", "network",
-        "network_def", "optimizer", "postprocessing", "preprocessing", "run", "scheduler", "splits", "train",
-        "training", "trt_args", "validate", "variables",
-    },
-    "train": {"dataloader", "dataset", "handlers", "inferer", "preprocessing", "sampler", "trainer"},
-    "validate": {
-        "additional_metrics", "dataloader", "dataset", "evaluator", "handlers", "inferer", "key_metric",
-        "postprocessing", "preprocessing",
-    },
-    "displayable_configs": {"fusion", "num_members", "num_steps"},
-}  # fmt: skip
 OPTIONS_OF_RUN = set(inspect.signature(run).parameters) - {"override"}
 TRACKING = {"experiment_name", "is_not_rank0", "run_name", "save_execute_config", "tracking_uri"}  # MLflow's
+WHOLE = {"bundle_root", "initialize", "network_def"}  # no overlay has all of them
 SPECIAL = ("$", "@", "%")  # at the beginning of a text, MONAI takes it for code, a reference or a macro
 
 
@@ -85,7 +70,7 @@ def check(config: str) -> None:
         hint = suggest(workflow.run_id, PARTS[""] & set(workflow.parser.get()))
         raise InputError(f"{workflow.run_id}: {config}.json has nothing of that name to run{hint or '.'}")
     check_config(workflow.parser, config, [workflow.run_id, workflow.init_id, workflow.final_id])
-    overlays = [_load(str(file)) for file in ensure_tuple(call.get("config_file") or ())[1:]]
+    overlays = [content for _, content in _load_all(call.get("config_file") or ())[1:]]
     _explain_parts(workflow.parser, {k: v for part in (*overlays, asked) for k, v in part.items()})
     used = _references(workflow.parser.get())
     for name in asked.keys() - {"bundle_root"}:  # which MONAI uses
@@ -345,13 +330,13 @@ def merge_configs(config_file: str | Path | Sequence[str | Path], **override: An
     Raises:
         InputError: for a config that is not there or cannot be read, and parts that it does not have.
     """
-    files = [str(file) for file in ensure_tuple(config_file)]
+    files = _load_all(config_file)
     parser = ConfigParser(config={ConfigParser.meta_key: {}})
-    for file in files:
-        for name, value in _load(file).items():
+    for file, content in files:
+        for name, value in content.items():
             _put(parser, name, value, file)
     if "network_def" not in parser.get():
-        raise InputError(f"{', '.join(files)}: only variables: name the bundle's config before them.")
+        raise InputError(f"{', '.join(dict(files))}: only variables: name the bundle's config before them.")
     for name, value in override.items():
         _put(parser, name, value, "the command line")
     return parser
@@ -375,6 +360,15 @@ def _put(parser: ConfigParser, name: str, value: Any, where: str) -> None:
         merge_kv(parser, name, value)
     except ValueError as error:
         raise InputError(f"{name}: {where} adds {value!r} to something of another kind.") from error
+
+
+def _load_all(config_file: Any) -> list[tuple[str, dict[str, Any]]]:
+    """Load config and overlays, by their files; a config behind others would replace all that they set."""
+    files = [(str(file), _load(str(file))) for file in ensure_tuple(config_file)]
+    for file, content in files[1:]:
+        if content.keys() >= WHOLE:
+            raise InputError(f"{file}: would replace what {files[0][0]} sets: name it first, with overlays alone.")
+    return files
 
 
 def _load(file: str) -> dict[str, Any]:

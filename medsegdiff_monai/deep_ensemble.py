@@ -152,7 +152,7 @@ class DeepEnsembleInferer(DiffusionEnsembleInferer):
     def _windows(self, image: Tensor, noise: Tensor, members: range, network: Any) -> Tensor:
         if not isinstance(network, DeepEnsemble):
             return super()._windows(image, noise, members, network)
-        out = noise.new_empty(len(image), *noise.shape)
+        out = noise.new_empty(len(image), *noise.shape[:2], *image.shape[2:])
         for one, mine in zip(network.networks, _shares(members, len(network.networks))):
             if members[mine]:
                 out[:, mine] = super()._windows(image, noise[mine], members[mine], one)

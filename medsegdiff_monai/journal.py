@@ -18,10 +18,11 @@ import nibabel as nib
 from .files import append, write_atomically
 from .outputs import output_files, result_file
 
-__all__ = ["CaseJournal", "JournalPart", "csv_bytes", "file_stamps", "is_whole"]
+__all__ = ["JOURNAL", "CaseJournal", "JournalPart", "csv_bytes", "file_stamps", "is_whole"]
 
 logger = logging.getLogger(__name__)
 
+JOURNAL = "cases.jsonl"
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what spreadsheets take for the beginning of one
 
 
@@ -65,7 +66,7 @@ class CaseJournal:
     """
 
     def __init__(self, output_dir: str | Path) -> None:
-        self.file = Path(output_dir) / "cases.jsonl"
+        self.file = Path(output_dir) / JOURNAL
         self.table = Path(output_dir) / "cases.csv"
         self._whole = False  # whether both files hold what this object does
         self._take(self._read())

@@ -176,7 +176,9 @@ class Schedule(Kind):
 
 @dataclass(frozen=True)
 class Place(Kind):
-    """A file or folder, as it is written."""
+    """A file or folder, as it is written, of ``least`` characters: no name at all would be the working directory."""
+
+    least: int = 0
 
     @property
     def allowed(self) -> str:
@@ -187,7 +189,7 @@ class Place(Kind):
         """Return the path as text."""
         if isinstance(value, Real) and not isinstance(value, bool):
             raise ValueError(f"must be text: where the name is {value}, write ./{value}")
-        if not isinstance(value, (str, os.PathLike)):
+        if not isinstance(value, (str, os.PathLike)) or len(os.fspath(value).strip()) < self.least:
             raise ValueError
         return os.fspath(value)
 

@@ -17,8 +17,35 @@ from . import kinds
 from .errors import InputError
 from .kinds import Boolean, Choice, Each, Kind, ListOf, Nullable, Number, Place, Several, Whole
 
-__all__ = ["CONFIGS", "VARIABLES", "Variable", "defaults", "describe", "find_clashes", "recorded", "suggest", "table"]
+__all__ = [
+    "CONFIGS",
+    "PARTS",
+    "VARIABLES",
+    "Variable",
+    "defaults",
+    "describe",
+    "find_clashes",
+    "recorded",
+    "suggest",
+    "table",
+]
 
+# What the configs hold besides variables, by the id it stands under
+PARTS = {
+    "": {
+        "additional_metrics", "data_spec", "datalist", "dataloader", "dataset", "ddp_network", "displayable_configs",
+        "ema_network", "evaluating", "evaluator", "field_size", "finalize", "handlers", "imports", "inference",
+        "inferer", "initialize", "key_metric", "loss", "lr_scheduler", "made_with", "mask_and_label", "network",
+        "network_def", "optimizer", "postprocessing", "preprocessing", "run", "scheduler", "splits", "train",
+        "training", "trt_args", "validate", "variables",
+    },
+    "train": {"dataloader", "dataset", "handlers", "inferer", "preprocessing", "sampler", "trainer"},
+    "validate": {
+        "additional_metrics", "dataloader", "dataset", "evaluator", "handlers", "inferer", "key_metric",
+        "postprocessing", "preprocessing",
+    },
+    "displayable_configs": {"fusion", "num_members", "num_steps"},
+}  # fmt: skip
 CONFIGS = ("train", "evaluate", "inference")
 SCORED = ("evaluate", "inference")
 TRAIN = ("train",)
@@ -61,13 +88,13 @@ _DECLARED = [
     # places
     Variable("bundle_root", Place(), "folder of the bundle", default="of the working directory, else of this package"),
     Variable("dataset_dir", Place(), "data: a folder with dataset.json; for inference also one with images"),
-    Variable("output_dir", Place(), "folder for results", default="train, eval or inference in bundle_root"),
-    Variable("ckpt_dir", Place(), "folder of the weights", default="models in bundle_root"),
+    Variable("output_dir", Place(1), "folder for results", default="train, eval or inference in bundle_root"),
+    Variable("ckpt_dir", Place(1), "folder of the weights", default="models in bundle_root"),
     Variable(
-        "checkpoint", Several(Place()), "weights to use; several share the members", SCORED, "model.pt in ckpt_dir"
+        "checkpoint", Several(Place(1)), "weights to use; several share the members", SCORED, "model.pt in ckpt_dir"
     ),
-    Variable("pretrained", Nullable(Place()), "weights to start from", TRAIN),
-    Variable("images", Nullable(ListOf(Place())), "images to segment, in place of dataset_dir", ("inference",)),
+    Variable("pretrained", Nullable(Place(1)), "weights to start from", TRAIN),
+    Variable("images", Nullable(ListOf(Place(1), 1)), "images to segment, in place of dataset_dir", ("inference",)),
     Variable("device", kinds.Device(), "where the network runs", default="cuda, else mps, else cpu"),
     # data
     Variable("spatial_dims", Choice(2, 3), "spatial axes of the images"),
@@ -326,7 +353,8 @@ def describe(config: str, bundle_root: str | Path) -> str:
         InputError: for another config.
     """
     if config not in CONFIGS:
-        raise InputError(f"{config}: no such config{suggest(config, CONFIGS)}: give one of {', '.join(CONFIGS)}.")
+        hint = suggest(config, CONFIGS) or f": give one of {', '.join(CONFIGS)}."
+        raise InputError(f"{config}: no such config{hint}")
     given = defaults(config, bundle_root)
     width = max(map(len, given)) + 2
     return "\n".join(

@@ -36,6 +36,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     if not Path(path).is_file():
         raise InputError(f"{path}: no such checkpoint: train first, or set --checkpoint FILE.")
+    if Path(path).suffix.lower() == ".safetensors":
+        raise InputError(f"{path}: safetensors are not read: load them, and save the state dict with torch.save.")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever it likes; the file is what matters
@@ -130,6 +132,8 @@ def _mismatch(own: Mapping[str, Tensor], weights: Mapping[str, Any]) -> str | No
             return f"it lacks {name}"
         if own[name].shape != weights[name].shape:
             return f"{name} is {list(weights[name].shape)} there, {list(own[name].shape)} in the network"
+        if own[name].is_floating_point() and not weights[name].is_floating_point():
+            return f"{name} holds {weights[name].dtype} there, as quantised weights do"
     extra = [name for name in weights if name not in own]
     return f"the network has no {extra[0]}" if extra else None
 

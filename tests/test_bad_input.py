@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from medsegdiff_monai.errors import InputError
+from medsegdiff_monai.weights import load_checkpoint, load_weights
 
 from .conftest import CONFIGS, ROOT, VOLUME_SETTINGS, make_nifti_dataset, make_png_dataset
 
@@ -146,6 +147,17 @@ def test_bad_checkpoint(case, data, bundle, tmp_path):
         bundle("inference", dataset_dir=data, checkpoint=tmp_path / "model.pt", **VOLUME_SETTINGS)
     assert words in message(error.value) and "model.pt" in message(error.value)
     assert not (tmp_path / "inference").exists()
+
+
+def test_weights_of_other_kinds_are_named(tmp_path):
+    model = torch.nn.Linear(2, 2)
+    (tmp_path / "model.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
+    with pytest.raises(InputError, match=r"model.safetensors: safetensors are not read: .* save the state dict"):
+        load_checkpoint(tmp_path / "model.safetensors")
+    quantised = {name: value.to(torch.int8) for name, value in model.state_dict().items()}
+    with pytest.raises(InputError, match=r"weight holds torch.int8 there, as quantised weights do"):
+        load_weights(tmp_path / "model.pt", model, quantised)
+    load_weights(tmp_path / "model.pt", model, {name: value.half() for name, value in model.state_dict().items()})
 
 
 BAD_VALUES = {

@@ -15,6 +15,7 @@ from monai.bundle import ConfigParser
 from medsegdiff_monai.data import CaseDataset, CaseList, CaseLoader, DataSpec, FileReader, inference_items
 from medsegdiff_monai.data.inference import _one_ahead
 from medsegdiff_monai.errors import InputError
+from medsegdiff_monai.journal import CaseJournal
 
 from .conftest import CONFIGS, PICTURE_SETTINGS, ROOT, TINY, VOLUME_SETTINGS
 from .test_bad_input import message
@@ -118,6 +119,28 @@ def test_files_that_are_no_images_are_named(pictures, tmp_path, capsys):
     cases = inference_items(str(folder), RGB, str(tmp_path / "out"), "model.pt")
     assert [item["case"] for item in cases] == ["case_000", "case_001", "case_002"]
     assert "skipped, not images of a supported format: notes.txt, scan.img." in capsys.readouterr().out
+
+
+def test_results_of_earlier_runs_are_no_images(pictures, tmp_path, capsys):
+    folder = fill(tmp_path / "data", pictures / "image_0.png", 2)
+    for out in (folder, folder / "first"):  # in the folder itself a picture beside the results remains one
+        journal = CaseJournal(out)
+        for case in ("case_000", "case_001"):
+            (out / case).mkdir(parents=True)
+            shutil.copy(pictures / "image_0.png", out / case / f"{case}_seg.png")
+            journal.add(case, {"case": case}, ["_seg.png"])
+    (folder / "patient").mkdir()
+    shutil.copy(pictures / "image_0.png", folder / "patient" / "more.png")
+    cases = inference_items(str(folder), RGB, str(folder / "second"), "model.pt")
+    assert sorted(item["case"] for item in cases) == ["case_000", "case_001", "more"]
+    assert "2 cases skipped, the results of an earlier run" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("out", [".", ".."])
+def test_results_among_the_images_are_refused(pictures, tmp_path, out):
+    folder = fill(tmp_path / "data", pictures / "image_0.png", 2)
+    with pytest.raises(InputError, match=r"holds the images of .*: choose a folder beside them, or below"):
+        inference_items(str(folder), RGB, str(folder / out), "model.pt")
 
 
 @pytest.mark.parametrize("workers", [0, 2])

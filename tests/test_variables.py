@@ -276,6 +276,12 @@ def test_outputs_without_the_mask_are_refused():
     assert refusal("inference", outputs=["prob"]).startswith("outputs=['prob'] must hold seg")
 
 
+def test_nothing_is_not_everything():
+    assert refusal("inference", images=[]) == "images=[] must be null, or a list, each a path."
+    for name in ("output_dir", "ckpt_dir", "checkpoint"):
+        assert refusal("evaluate", **{name: " "}).startswith(f"{name}=' ' must be a path")
+
+
 @pytest.mark.parametrize("device", ["gpu", "cuda", "cuda:1", "cpu:1", "meta", "mps", "", 0])
 def test_a_device_that_is_not_there(device, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
@@ -294,7 +300,7 @@ BAD = {
 PLACES = {"bundle_root", "dataset_dir", "output_dir", "ckpt_dir", "checkpoint", "pretrained"}
 RIGHT = {
     "word": PLACES,
-    "empty": PLACES,
+    "empty": {"bundle_root", "dataset_dir"},
     "half": {
         "learning_rate", "max_grad_norm", "cache_rate", "agreement_threshold", "signal_scale", "surface_tolerance",
         "min_size",
@@ -429,6 +435,20 @@ def test_an_overlay_alone_is_no_config(tmp_path):
     (tmp_path / "overlay.json").write_text('{"seed": 1}')
     with pytest.raises(InputError, match="only variables: name the bundle's config before them"):
         read_config(tmp_path / "overlay.json")
+
+
+@pytest.mark.parametrize("before", ["overlay.json", "train.json"])
+def test_a_config_of_the_bundle_comes_first_and_alone(before, tmp_path):
+    (tmp_path / "overlay.json").write_text('{"seed": 1}')
+    files = [
+        str(CONFIGS / before) if before == "train.json" else str(tmp_path / before),
+        str(CONFIGS / "inference.json"),
+    ]
+    with pytest.raises(InputError, match=rf"inference.json: would replace what .*{before} sets: name it first"):
+        read_config(files)
+    with pytest.raises(RuntimeError) as error:
+        run("inference", config_file=files, bundle_root=BUNDLE, dataset_dir=str(tmp_path), device="cpu")
+    assert "inference.json: would replace what" in str(find_input_error(error.value))
 
 
 @pytest.mark.parametrize("name", BROKEN)

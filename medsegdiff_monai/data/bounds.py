@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 from ..errors import InputError
 
@@ -47,9 +48,19 @@ def check_place(path: Path) -> None:
     if path.is_symlink() and not path.exists():
         raise InputError(f"{path}: is a link to a file that is not there: repair the link, or remove it.")
     if not path.exists():
-        raise InputError(f"{path}: no such file: correct the path in the data list, or add the file.")
+        raise InputError(f"{path}: no such file{_alike(path)}: correct the path, or add the file.")
     if not path.is_file() and not path.is_dir():
         raise InputError(f"{path}: is a pipe, socket or device, not a file: move it away.")
+
+
+def _alike(path: Path) -> str:
+    """A word on a file that is there, and has the same name to a person or to another system."""
+    if "\\" in str(path) and Path(str(path).replace("\\", "/")).exists():
+        return ", but one with / in place of \\"
+    spelt = {normalize(form, name) for form in ("NFC", "NFD") for name in (path.name, path.name.lower())}
+    if any(path.with_name(name).exists() for name in spelt if name not in (".", "..")):
+        return ", but one whose name differs in how letters are stored (accents, upper and lower case)"
+    return ""
 
 
 def check_size(path: Path, shape: Sequence[int], item_bytes: int, available: float) -> None:

@@ -25,25 +25,18 @@ __all__ = ["check_series", "is_dicom_file", "read_series"]
 logger = logging.getLogger(__name__)
 
 SUFFIXES = (".dcm", ".dicom", ".ima")
-NO_IMAGES = (  # storage classes of files that are often kept beside slices
-    "1.2.840.10008.1.3.10",  # DICOMDIR
-    "1.2.840.10008.5.1.4.1.1.11.",  # presentation states
-    "1.2.840.10008.5.1.4.1.1.88.",  # structured reports
-    "1.2.840.10008.5.1.4.1.1.104.",  # documents
-)
-KIND, CLASS, INSTANCE, MODALITY = 0x00080008, 0x00080016, 0x00080018, 0x00080060
-PATIENT, MEDIA_CLASS = 0x00100020, 0x00020002
+KIND, INSTANCE, MODALITY, PATIENT = 0x00080008, 0x00080018, 0x00080060, 0x00100020
 THICKNESS, ECHO, DISTANCE = 0x00180050, 0x00180086, 0x00180088
 STUDY, SERIES, NUMBER, POSITION, ORIENTATION, FRAME, TIME_POINT = (
     0x0020000D, 0x0020000E, 0x00200013, 0x00200032, 0x00200037, 0x00200052, 0x00200100,
 )  # fmt: skip
-SAMPLES, COLOURS, FRAMES, ROWS, COLUMNS, SPACING, ALLOCATED, STORED, HIGH_BIT, SIGNED = (
+SAMPLES, COLOURS, FRAMES, ROWS, COLUMNS, SPACING, ALLOCATED, STORED, HIGH_BIT, SIGNED, INTERCEPT, SLOPE = (
     0x00280002, 0x00280004, 0x00280008, 0x00280010, 0x00280011, 0x00280030,
-    0x00280100, 0x00280101, 0x00280102, 0x00280103,
+    0x00280100, 0x00280101, 0x00280102, 0x00280103, 0x00281052, 0x00281053,
 )  # fmt: skip
 COMMON = {  # of all slices
     PATIENT: "patient", STUDY: "study", MODALITY: "modality", FRAME: "frame of reference", ECHO: "echo",
-    TIME_POINT: "time point",
+    TIME_POINT: "time point", SIGNED: "sign",
 }  # fmt: skip
 TOLERANCE = 0.05  # of the distance of slices, that one may lie off its place: files round positions
 DRIFT = 1e-3  # of the length of a stack, that it may lean: files round directions
@@ -139,7 +132,7 @@ def _headers(folder: Path) -> list[Header]:
     files = [path for path in paths if path.is_file()]
     marked = [path for path in files if has_dicom_mark(path)]
     headers = [read_header(path) for path in marked]
-    images = [header for header in headers if not _is_no_image(header)]
+    images = [header for header in headers if not header.is_no_image]
     suffixes = {header.path.suffix.lower() for header in images}
     others = [path for path in files if path not in set(marked)]
     for path in others:
@@ -147,7 +140,7 @@ def _headers(folder: Path) -> list[Header]:
             raise InputError(
                 f"{path}: is named like a DICOM file, but is not one: replace it if it is damaged, or move it away."
             )
-    left_out = [header.path.name for header in headers if _is_no_image(header)] + [path.name for path in others]
+    left_out = [header.path.name for header in headers if header.is_no_image] + [path.name for path in others]
     if not images:
         raise InputError(f"{folder}: holds no DICOM image{_instead(paths, left_out)}.")
     if left_out:
@@ -155,11 +148,6 @@ def _headers(folder: Path) -> list[Header]:
     if within := [path.name for path in paths if path.is_dir() and any(map(is_dicom_file, path.iterdir()))]:
         _note(f"{folder}: the DICOM files in its folders {_listed(within)} are not part of the series.")
     return images
-
-
-def _is_no_image(header: Header) -> bool:
-    kind = header.text(CLASS) or header.text(MEDIA_CLASS)
-    return kind.startswith(NO_IMAGES) and not header.pixel_bytes
 
 
 def _is_named_as_slice(path: Path, suffixes: set[str]) -> bool:
@@ -208,6 +196,9 @@ def _slice(header: Header) -> _Slice:
     used, high = header.whole(STORED), header.whole(HIGH_BIT)
     if bits not in (8, 16, 32) or not used or used > bits or high != used - 1 or header.whole(SIGNED) not in (0, 1):
         raise InputError(f"{path}: pixels of {bits} bits, of which {used} up to {high} are used, are not read.")
+    slope, _ = (header.numbers(tag, 1) for tag in (SLOPE, INTERCEPT))
+    if slope == (0,):
+        raise InputError(f"{path}: its RescaleSlope is 0: correct it.")
     available = header.pixel_bytes * (MAX_INFLATION if header.compressed else 1)
     check_size(path, [columns, rows], bits // 8, available)
     spacing, orientation = header.numbers(SPACING, 2), header.numbers(ORIENTATION, 6)
@@ -241,6 +232,7 @@ def _agree(slices: Sequence[_Slice]) -> None:
     """Refuse slices of different patients, sizes, directions and the like."""
     for tag, what in COMMON.items():
         _same(slices, what, [one.header.text(tag) for one in slices])
+    _same(slices, "RescaleSlope, which is there or missing,", [bool(one.header.text(SLOPE)) for one in slices])
     columns, rows = Counter(one.size for one in slices).most_common(1)[0][0]
     _same(slices, f"size (not {columns} x {rows})", [one.size for one in slices])
     for one in slices:

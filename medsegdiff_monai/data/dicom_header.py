@@ -26,6 +26,13 @@ SHORT = {
 }  # fmt: skip
 UNDEFINED = 0xFFFFFFFF
 ITEM, ITEM_END, SEQUENCE_END, PIXELS, SYNTAX = 0xFFFEE000, 0xFFFEE00D, 0xFFFEE0DD, 0x7FE00010, 0x00020010
+CLASS, MEDIA_CLASS = 0x00080016, 0x00020002
+NO_IMAGES = (  # storage classes of files that are often kept beside slices
+    "1.2.840.10008.1.3.10",  # DICOMDIR
+    "1.2.840.10008.5.1.4.1.1.11.",  # presentation states
+    "1.2.840.10008.5.1.4.1.1.88.",  # structured reports
+    "1.2.840.10008.5.1.4.1.1.104.",  # documents
+)
 MAX_DEPTH = 32  # of sequences within sequences
 MAX_VALUE = 2**12  # bytes of a value that is kept
 KEPT_GROUPS = (0x0002, 0x0008, 0x0010, 0x0018, 0x0020, 0x0028)
@@ -53,6 +60,12 @@ class Header:
     compressed: bool = False
     order: str = "<"
 
+    @property
+    def is_no_image(self) -> bool:
+        """Whether it is a file of another kind, without pixels."""
+        kind = self.text(CLASS) or self.text(MEDIA_CLASS)
+        return kind.startswith(NO_IMAGES) and not self.pixel_bytes
+
     def text(self, tag: int) -> str:
         """A value as text; empty where it is missing."""
         return self.values.get(tag, b"").decode("latin-1").strip(" \0")
@@ -77,8 +90,8 @@ class Header:
             found = ()
         if len(found) != count or not all(math.isfinite(value) for value in found):
             raise InputError(
-                f"{self.path}: ({tag >> 16:04x},{tag & 0xFFFF:04x}) is {text[:80]!r}, not {count} numbers: "
-                "replace the file, its header is damaged."
+                f"{self.path}: ({tag >> 16:04x},{tag & 0xFFFF:04x}) is {text[:80]!r}, not "
+                f"{f'{count} numbers' if count > 1 else 'a number'}: replace the file, its header is damaged."
             )
         return found
 

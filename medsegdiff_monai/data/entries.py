@@ -21,6 +21,7 @@ __all__ = ["SPLITS", "DataList", "Entry", "first_file", "read_data_list"]
 
 SPLITS = ("training", "validation", "test")
 GROUPS = ("patient", "cluster")
+OTHER_GROUPS = ("fold", "group", "patient_id", "subject", "subject_id")  # of other tools, said to be left out
 MAX_GROUP = 100  # characters
 
 
@@ -84,6 +85,18 @@ class DataList:
         others = {name: listed for name, listed in self.content.items() if name not in (*SPLITS, "unlabelled")}
         lists = {name: listed for name, listed in others.items() if isinstance(listed, list)}
         return {n: len(one) for n, one in lists.items() if any(isinstance(e, dict) and "image" in e for e in one)}
+
+    @property
+    def unread(self) -> list[str]:
+        """Keys of cases by which other tools split them."""
+        cases = [case for split in SPLITS for case in self.content.get(split) or [] if isinstance(case, dict)]
+        return [key for key in OTHER_GROUPS if any(key in case for case in cases)]
+
+    @property
+    def channels(self) -> list[str]:
+        """Names of the channels, as Decathlon or nnU-Net gives them; none where there are not several."""
+        named = self.content.get("channel_names") or self.content.get("modality")
+        return [str(name) for name in named.values()] if isinstance(named, dict) and len(named) > 1 else []
 
     def of(self, split: str) -> list[Entry]:
         """The cases of ``training``, ``validation`` or ``test``."""

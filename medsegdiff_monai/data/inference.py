@@ -19,7 +19,7 @@ from monai.utils import ensure_tuple
 
 from ..distributed import is_main, share
 from ..errors import InputError, reading
-from ..journal import CaseJournal, file_stamps
+from ..journal import JOURNAL, CaseJournal, file_stamps
 from ..outputs import OUTPUTS, check_outputs
 from ..settings import as_bool
 from ..weights import digest
@@ -164,11 +164,15 @@ class CaseLoader(DataLoader):
 
 
 def _walk(folder: Path, results: Path) -> list[dict[str, Any]]:
-    """All readable images below a folder, results left out: files by suffix, DICOM folders as one volume each.
+    """All readable images below a folder, the results of any run left out: files by suffix, DICOM folders as a volume.
 
     No image is opened, but for one file of a series. What is no image of a kind that is read is named.
     """
     files = [p for p in files_below(folder) if not p.resolve().is_relative_to(results.resolve())]
+    earlier = {
+        p.parent: {p.parent / case for case in CaseJournal(p.parent).entries} for p in files if p.name == JOURNAL
+    }
+    files = [p for p in files if not any(cases & {*p.parents} for cases in earlier.values())]
     found = {p for p in files if p.name.lower().endswith(IMAGE_SUFFIXES)}
     others = [p for p in files if p not in found]
     for file in others:
@@ -179,6 +183,8 @@ def _walk(folder: Path, results: Path) -> list[dict[str, Any]]:
     if left:
         more = f" and {len(left) - SHOWN} more" if len(left) > SHOWN else ""
         print(f"{folder}: skipped, not images of a supported format: {', '.join(left[:SHOWN])}{more}.")
+    for place, cases in earlier.items():
+        print(f"{place}: {len(cases)} cases skipped, the results of an earlier run.")
     return [{"image": os.path.abspath(path)} for path in sorted(found)]
 
 
@@ -196,6 +202,11 @@ def _find(
         elif infer_split is None and not lists["test"] and not lists["validation"]:
             lists["validation"] = hold_out(lists["training"], seed)[1]
         return _split(lists, ("test", "validation"), infer_split, "infer_split", file)
+    if folder.resolve().is_relative_to(Path(output_dir).resolve()):
+        raise InputError(
+            f"output_dir={output_dir!r} holds the images of {str(dataset_dir)!r}, which cannot be told from results "
+            "there: choose a folder beside them, or below."
+        )
     items = _walk(folder, Path(output_dir))
     if not items:
         raise InputError(f"{folder}: holds no dataset.json and no image ({', '.join(IMAGE_SUFFIXES)}, DICOM).")

@@ -46,6 +46,8 @@ __all__ = [
 CHUNK = 2**20  # bytes to unpack at once
 MAX_TEXT_BYTES = 64 * 2**20  # of a JSON or XML file
 NIFTI = (".nii", ".nii.gz")
+NIFTI_SIZES = (b"\x5c\x01\0\0", b"\0\0\x01\x5c", b"\x1c\x02\0\0", b"\0\0\x02\x1c")  # of headers: first in a file
+GZIP = b"\x1f\x8b"
 IMAGE_SUFFIXES = (*NIFTI, *PICTURES, *ITK_FILES)
 
 
@@ -133,14 +135,30 @@ def open_nifti(path: str | Path) -> Any:
         return nib.load(path)
     with ImageOpener(str(path)) as file:
         header = file.read(4)
-    kind = nib.Nifti2Image if header in (b"\x1c\x02\0\0", b"\0\0\x02\x1c") else nib.Nifti1Image
+    kind = nib.Nifti2Image if header in NIFTI_SIZES[2:] else nib.Nifti1Image
     return kind.from_file_map(kind.make_file_map({"image": str(path)}))
 
 
+def _check_packing(path: Path, packed: bool) -> None:
+    """Refuse what was packed or unpacked without a change of its name, which decides how nibabel reads it."""
+    with path.open("rb") as file:
+        begin = file.read(4)
+    if begin[:2] == GZIP and not packed:
+        raise InputError(f"{path}: is packed by gzip: rename it to {path.name}.gz.")
+    if packed and begin in NIFTI_SIZES:
+        raise InputError(f"{path}: is not packed by gzip: rename it to {path.name[: -len('.gz')]}.")
+
+
 def _check_nifti(path: Path) -> None:
+    packed = path.name.lower().endswith(".gz")
+    _check_packing(path, packed)
     image = open_nifti(path)
     header, size = image.header, path.stat().st_size
-    packed = path.name.lower().endswith(".gz")
+    if image.dataobj.offset < header.sizeof_hdr:
+        raise InputError(
+            f"{path}: says that its voxels begin at byte {image.dataobj.offset}, within its header of "
+            f"{header.sizeof_hdr}: correct vox_offset."
+        )
     available = size * MAX_INFLATION if packed else size - image.dataobj.offset
     check_size(path, header.get_data_shape(), header.get_data_dtype().itemsize, available)
     if header.get_data_dtype().kind not in "iuf":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shlex
@@ -20,7 +21,7 @@ from tqdm import tqdm
 
 from ..errors import InputError
 from ..files import write_atomically, writing
-from ..settings import as_bool
+from ..settings import as_bool, find_bundle_root
 from .entries import DataList, Entry, first_file, read_data_list
 from .fingerprint import CaseFacts, fingerprint, measure, propose
 from .rules import SHOWN, no_label, read_case
@@ -47,7 +48,7 @@ class Report:
     overlay: dict[str, Any] = field(default_factory=dict)
 
 
-def check(dataset: str, write: str | None = None, strict: bool | str = False) -> None:
+def check(dataset: str, write: str | None = None, strict: bool | str = False, advises: bool = True) -> None:
     """Check a data set in Decathlon layout, print all faults and a fingerprint, and propose the config variables.
 
     Args:
@@ -55,6 +56,7 @@ def check(dataset: str, write: str | None = None, strict: bool | str = False) ->
         write: file to write the proposed variables to, as an overlay of ``train.json``; the fingerprint goes beside it,
             as ``<name>.fingerprint.json``. Nothing is written where there are errors.
         strict: whether warnings count as errors.
+        advises: whether to print the command that trains with the overlay.
 
     Raises:
         InputError: after the report, if there are errors.
@@ -74,6 +76,8 @@ def check(dataset: str, write: str | None = None, strict: bool | str = False) ->
         raise InputError(f"{dataset}: {len(report.errors)} errors, listed above: correct them.")
     if target is not None:
         _write(report, target)
+        if advises:
+            print(f"Next:    {_next_step(target)}")
 
 
 def _overlay_file(write: str) -> Path:
@@ -92,11 +96,13 @@ def _write(report: Report, file: Path) -> None:
         write_atomically(file, (json.dumps(report.overlay, indent=4) + "\n").encode())
         write_atomically(facts, (json.dumps(report.fingerprint, indent=1) + "\n").encode())
     print(f"Written: {file} and {facts}")
-    if not file.suffix:  # MONAI knows configs by their ending
-        print(f"Next:    rename {file} to {file}.json, then give it to a training")
-        return
-    configs = json.dumps(["bundle/configs/train.json", str(file)])
-    print(f"Next:    python -m monai.bundle run training --config_file {shlex.quote(configs)}")
+
+
+def _next_step(overlay: Path) -> str:
+    if not overlay.suffix:  # MONAI knows configs by their ending
+        return f"rename {overlay} to {overlay}.json, then give it to a training"
+    configs = json.dumps([f"{find_bundle_root()}/configs/train.json", str(overlay)])
+    return f"python -m monai.bundle run training --config_file {shlex.quote(configs)}"
 
 
 def inspect_dataset(dataset: str | Path) -> Report:
@@ -122,12 +128,22 @@ def inspect_dataset(dataset: str | Path) -> Report:
         f"{data.file}: {name!r} lists {n} cases, which nothing reads: move them to 'training', 'validation' or 'test'."
         for name, n in data.unused.items()
     ]
+    if data.unread:
+        report.warnings.append(
+            f"{data.file}: cases have the key {', '.join(data.unread)}, which nothing reads: they are split by "
+            "'patient' or 'cluster', and folds are set by num_folds and fold."
+        )
     _check_paths(data.entries, report)
     facts = _measure_all(data, report)
     if not facts:
         report.errors.append(f"{data.file}: no case can be read.")
         return report
     usual = _check_alike(facts, report)
+    if data.channels and len(data.channels) != usual[1]:
+        report.warnings.append(
+            f"{data.file}: names {len(data.channels)} channels ({', '.join(data.channels)}), the images have "
+            f"{usual[1]}: list all files of a case under 'image', or correct the names."
+        )
     regions = _regions(data, facts, report)
     _check_content(facts, report)
     alike = [case for case in facts if (case.dims, case.channels) == usual]
@@ -159,6 +175,8 @@ def _check_paths(entries: Sequence[Entry], report: Report) -> None:
         by_path[tuple(map(os.path.realpath, files))].append((entry.split, Path(files[0]).name))
         for label in entry.labels:
             by_label[os.path.realpath(label)][os.path.realpath(files[0])] = Path(files[0]).name
+        if len({*map(os.path.realpath, files)}) < len(files):
+            report.warnings.append(f"{files[0]}: is more than one channel of its case: make sure that it is meant.")
         if entry.group is not None:
             by_group[entry.group].add(entry.split)
     _across(report, by_path, "the same file is listed more than once", leak_is_error=True)
@@ -167,6 +185,10 @@ def _check_paths(entries: Sequence[Entry], report: Report) -> None:
         for label, images in by_label.items()
         if len(images) > 1
     ]
+    if alone := sum(entry.group is None for entry in entries if by_group):
+        report.warnings.append(
+            f"{alone} of {len(entries)} cases have no patient or cluster: each counts as one of its own."
+        )
     shared = sorted(group for group, splits in by_group.items() if "training" in splits and len(splits) > 1)
     if shared:
         report.warnings.append(
@@ -224,6 +246,10 @@ def _check_content(facts: Sequence[CaseFacts], report: Report) -> None:
         report.warnings.append(
             f"{len(empty)} masks are empty, make sure that is intended: {', '.join(empty[:SHOWN])}{more}"
         )
+    drawn = [case for case in facts if case.voxels]
+    if drawn and all(sum((case.voxels or {}).values()) >= math.prod(case.size) for case in drawn):
+        mask = next(iter(drawn[0].files))
+        report.warnings.append(f"no mask, such as {mask}, holds 0, the background: make sure that it is meant.")
     compared = [case for case in facts if case.agreement is not None and any(case.raters.values())]
     if compared and all(case.agreement == 1 for case in compared):
         report.warnings.append(
@@ -246,6 +272,28 @@ def _identifiers(regions: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
         plain = re.sub(r"\W+", "_", name, flags=re.A).strip("_")[:40] or "class"
         result[plain if plain not in result else f"{plain}_{len(result) + 1}"] = list(values)
     return result
+
+
+def _check_names(data: DataList, names: Mapping[str, Sequence[int]], report: Report) -> None:
+    """Report names of labels but 0 that contradict their use, and ``regions`` that cannot be read."""
+    swapped = next((name for name in names if name.casefold() == "background"), None)
+    if swapped:
+        report.warnings.append(
+            f"{data.file}: 'labels' names {names[swapped]} {swapped!r}; the background is 0: correct it."
+        )
+    if not names and data.ignore_label is not None:
+        report.errors.append(
+            f"{data.file}: declares no label but 'ignore_label' ({data.ignore_label}): name one in 'labels'."
+        )
+    labels = {value for values in names.values() for value in values}
+    regions = data.regions
+    if data.content.get("regions") and (
+        regions is None or not labels >= {v for group in regions.values() for v in group}
+    ):
+        report.warnings.append(
+            f"{data.file}: 'regions' is left out: it must hold names with lists of declared labels, "
+            f'{sorted(labels)}, such as {{"disc": [1, 2], "cup": [2]}}.'
+        )
 
 
 def _regions(data: DataList, facts: list[CaseFacts], report: Report) -> dict[str, list[int]]:
@@ -274,6 +322,7 @@ def _regions(data: DataList, facts: list[CaseFacts], report: Report) -> dict[str
     for name, values in names.items():
         if not set(values) & set(found):
             report.warnings.append(f"{file}: no mask holds {name!r} ({values}).")
+    _check_names(data, names, report)
     wanted = data.regions
     if wanted is not None and {value for values in wanted.values() for value in values} <= allowed:
         return _identifiers(wanted)

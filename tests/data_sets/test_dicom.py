@@ -117,6 +117,11 @@ def test_a_single_slice_lies_where_itk_reads_it(tmp_path):
         (at(2, colours="RGB ", samples=3), "3.dcm: is RGB"),
         (at(2, kind="ORIGINAL\\PRIMARY\\M\\MOSAIC"), "3.dcm: holds a mosaic"),
         (at(2, stored=17), "3.dcm: pixels of 16 bits, of which 17"),
+        (at(2, signed=0), "3.dcm: its sign differs from that of most slices"),
+        (at(2, slope="2 "), "3.dcm: its RescaleSlope, which is there or missing, differs"),
+        (at(2, slope="0 "), "3.dcm: its RescaleSlope is 0"),
+        (at(2, slope="2,5 "), r"3.dcm: \(0028,1053\) is '2,5', not a number"),
+        (at(2, intercept="x "), r"3.dcm: \(0028,1052\) is 'x', not a number"),
     ],
 )
 def test_what_is_no_regular_stack_is_refused(tmp_path, told, message):

@@ -348,6 +348,9 @@ def test_values_that_are_clear(tmp_path, masks, labels):
     ("masks", "kind", "message"),
     [
         ([DISC * 255, OTHER * 2], "grey", "a label must have the same value"),
+        ([DISC * 255, OTHER * 254], "grey", "greatest value is 255, that of 1.png is 254"),
+        ([DISC * 65535, OTHER * 65534], "grey", "a label must have the same value"),
+        ([DISC * 255, OTHER * 128, OTHER * 1], "grey", "greatest value is 255, that of 2.png is 1"),
         ([soft(DISC), OTHER * 2], "grey", "a label must have the same value"),
         ([DISC * 255 - RING * 127], "grey", "labels or soft edges"),  # a border of its own, or a smoothed edge
         ([np.maximum(soft(DISC), soft(np.roll(DISC, 20, 1)) // 2)], "grey", "over whole areas"),
@@ -371,6 +374,11 @@ def test_a_mask_that_is_darker_than_the_others(tmp_path):
 def test_masks_that_may_be_inverted_get_a_word(tmp_path):
     assert "make sure that 0 is the background" in coded(tmp_path, ~DISC * 255, ~OTHER * 255).notes[0]
     assert not coded(tmp_path, DISC * 255, OTHER * 255, ~DISC * 0 + 255).notes
+
+
+def test_masks_without_background_get_a_word(tmp_path):
+    assert "no mask holds 0, the background, 0.png nothing below 1" in coded(tmp_path, DISC + 1, OTHER + 1).notes[0]
+    assert not coded(tmp_path, DISC + 1, OTHER).notes
 
 
 def test_numbers_of_objects_get_a_word(tmp_path):

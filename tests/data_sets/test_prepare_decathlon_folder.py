@@ -167,7 +167,7 @@ def toy_pictures(root):
 @pytest.mark.parametrize(
     ("break_it", "options", "message"),
     [
-        (lambda r: (r / "labels").rename(r / "masks"), {}, "has no folder labels/"),
+        (lambda r: (r / "labels").rename(r / "outlines"), {}, "has no folder labels/"),
         (lambda r: [p.rename(p.with_stem(f"x{p.stem}")) for p in list((r / "labels").iterdir())], {}, "same name"),
         (lambda r: raw.photograph(r / "images/a.jpg", (12, 9)), {}, "rename one of them"),
         (lambda r: raw.photograph(r / "labels/a.png", (12, 9)), {}, "holds colours"),
@@ -272,8 +272,22 @@ def test_a_mask_that_ignores_the_exif_tag(tmp_path, run):
     exif = Image.Exif()
     exif[0x0112] = 8
     Image.new("RGB", (30, 24)).save(tmp_path / "raw/images/a.png", exif=exif)
-    with pytest.raises(InputError, match=r"labels/a.png: lies on a.png as it is stored, but its EXIF tag turns it"):
+    with pytest.raises(InputError, match=r"labels/a.png: lies on a.png as both are stored, but the EXIF tag of a.png"):
         run("folder")
+    Image.new("RGB", (30, 24)).save(tmp_path / "raw/images/a.png")
+    Image.fromarray(square()).save(tmp_path / "raw/labels/a.png", exif=exif)
+    with pytest.raises(InputError, match=r"labels/a.png: lies on a.png as both are stored, but the EXIF tag of a.png"):
+        run("folder")
+
+
+def test_masks_that_their_exif_tag_turns_upside_down_are_told(tmp_path, run, capsys):
+    folder_of(tmp_path / "raw", {"a": square(), "b": square()})
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    mask = np.tril(square())
+    Image.fromarray(mask).save(tmp_path / "raw/labels/a.png", exif=exif)
+    np.testing.assert_array_equal(run("folder").array("a"), mask[::-1, ::-1].T)
+    assert "1 masks are turned as their EXIF tag says, such as a.png" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -381,6 +395,17 @@ def test_names_that_are_no_text_can_be_checked(tmp_path, run):
         except OSError:
             pytest.skip("this file system takes text alone")
     assert inspect_dataset(run("folder").folder).errors == []
+
+
+def test_masks_is_another_name_for_labels(tmp_path, run, capsys):
+    folder_of(tmp_path / "raw", {"a": square(), "b": square()})
+    (tmp_path / "raw/labels").rename(tmp_path / "raw/masks")
+    out = run("folder")
+    assert listed(out) == ["a", "b"] and all("label" in item for item in out.content["training"])
+    assert inspect_dataset(out.folder).errors == []
+    folder_of(tmp_path / "raw", {"a": square(), "b": square()})  # beside labels/ it is not looked at
+    run("folder")
+    assert "raw: masks beside images/ and labels/ are left out" in capsys.readouterr().out
 
 
 def test_what_lies_beside_images_and_labels_is_named(tmp_path, run, capsys):

@@ -27,6 +27,7 @@ from .masks import Coding, MaskTraits, coding_of, traits_of
 
 __all__ = ["find"]
 
+COMMON = ("labels", "masks")  # folder of the one rater, or of the consensus
 RATER = re.compile(r"labels_(\d+)")  # folder of one rater
 CODES = ("channels", "bits")  # of several raters in one picture
 BESIDE = (".raw", ".zraw")  # voxels of a header's file
@@ -89,8 +90,9 @@ def _why_not(path: Path, folder: Path) -> str:
 
 
 def find(source: Path, patient_pattern: str | None = None, raters: str | None = None) -> Layout:
-    """Match ``images/`` and ``labels/`` by name: NIfTI, NRRD, MHA, PNG, JPEG, BMP, TIFF, or a DICOM series in a folder
-    of its own.
+    """Match ``images/`` and ``labels/``, or else ``masks/``, by name.
+
+    Files are NIfTI, NRRD, MHA, PNG, JPEG, BMP, TIFF, or a DICOM series in a folder of its own.
 
     Names are compared without suffix, and where that finds none, without ``_mask``, ``_seg``, ``_0000`` and the like.
     Volumes that are not NIfTI are written as NIfTI, pictures are copied. Masks of 0 and 255 in all files become 0 and
@@ -131,30 +133,31 @@ def find(source: Path, patient_pattern: str | None = None, raters: str | None = 
     _check_names(images)
     others = sorted({path.name for path in source.iterdir() if path.name[0] != "."} - {"images", *folders})
     if others:
-        notes.append(f"{source}: {', '.join(others[:SHOWN])} beside images/ and labels/ are left out.")
-    notes += _left_over(images, labelled)
+        notes.append(f"{source}: {', '.join(others[:SHOWN])} beside images/ and {folders[0]}/ are left out.")
+    notes += [*_left_over(images, labelled), *_turned("masks", labelled.values())]
     how = Reading(raters, *_survey(labels, raters))
     cases = []
     for name, path in images.items():
         masks = {folder: found[name] for folder, found in labels.items() if name in found}
         cases.append(_case(name, path, masks, _patient(name, patient_pattern), how))
     edition = f"folder, {len(images)} images and {len(labelled)} labels"
-    if raters or folders != ["labels"]:
+    if raters or folders[0] not in COMMON or len(folders) > 1:
         edition += f", raters as {raters}" if raters else f" in {', '.join(folders)}"
     return Layout(edition, cases, None, {"0": "image"}, None, [*how.coding.notes, *notes])
 
 
 def _folders(source: Path, raters: str | None) -> list[str]:
-    """The folders of labels: ``labels``, and those of raters in the order of their numbers."""
+    """The folders of labels: ``labels``, or else ``masks``, and those of raters in the order of their numbers."""
     numbered = {path.name: int(match[1]) for path in source.iterdir() if (match := RATER.fullmatch(path.name))}
-    folders = [name for name in ("labels", *sorted(numbered, key=numbered.__getitem__)) if (source / name).is_dir()]
+    common = next((name for name in COMMON if (source / name).is_dir()), COMMON[0])
+    folders = [name for name in (common, *sorted(numbered, key=numbered.__getitem__)) if (source / name).is_dir()]
     for name, is_there in (("images", (source / "images").is_dir()), ("labels", bool(folders))):
         if not is_there:
             held = ", ".join(sorted(path.name for path in source.iterdir())[:SHOWN]) or "nothing"
             raise InputError(f"{source}: has no folder {name}/ but {held}: give one that holds images/ and labels/.")
-    if raters is not None and folders != ["labels"]:
+    if raters is not None and folders != [common]:
         raise InputError(
-            f"{source}: raters={raters!r} reads all raters from the files in labels/, but there is {folders[-1]}/: "
+            f"{source}: raters={raters!r} reads all raters from the files in {common}/, but there is {folders[-1]}/: "
             "leave one of both out."
         )
     return folders
@@ -225,13 +228,18 @@ def _left_over(images: Mapping[str, Path], labelled: Mapping[str, Path]) -> list
         notes.append(
             f"{len(bare)} images have no label and are listed as 'unlabelled': {', '.join(bare[:SHOWN])}{more}"
         )
-    turned = [path.name for path in images.values() if path.name.lower().endswith(PICTURES) and is_turned(path)]
-    if turned:
-        notes.append(
-            f"{len(turned)} images are turned as their EXIF tag says, such as {turned[0]}: masks must lie on them "
-            "as a viewer shows them."
-        )
-    return notes
+    return [*notes, *_turned("images", images.values())]
+
+
+def _turned(what: str, paths: Iterable[Path]) -> list[str]:
+    """A word on pictures that their EXIF tag turns."""
+    turned = [path.name for path in paths if path.name.lower().endswith(PICTURES) and is_turned(path)]
+    if not turned:
+        return []
+    return [
+        f"{len(turned)} {what} are turned as their EXIF tag says, such as {turned[0]}: masks must lie on images as a "
+        "viewer shows both."
+    ]
 
 
 def _survey(labels: Mapping[str, Mapping[str, Path]], raters: str | None) -> tuple[int, Coding]:
@@ -256,7 +264,7 @@ def _survey(labels: Mapping[str, Mapping[str, Path]], raters: str | None) -> tup
 
 def _case(name: str, image: Path, masks: Mapping[str, Path], patient: str, how: Reading) -> Case:
     plain = _plain(name)
-    folders = " ".join(masks) if set(masks) - {"labels"} else ""
+    folders = " ".join(masks) if set(masks) - {*COMMON} else ""
     recipe = " ".join(part for part in (folders, how.recipe) if part)
     convert = partial(_convert, name=plain, image=image, masks=masks, how=how)
     return Case(plain, patient, [image, *masks.values()], convert, None if masks else "unlabelled", recipe)
@@ -289,16 +297,17 @@ def _convert(files: CaseFiles, name: str, image: Path, masks: Mapping[str, Path]
             raise InputError(f"{path}: is the image itself: put its mask there.")
         maps, affine, _ = _read_label(path, how.raters, volume)
         size = tuple(volume.shape[:0:-1]) if affine is None else volume.shape[1:]  # a picture has its rows first
-        if maps.shape[1:] == size[::-1] != size and affine is None and is_turned(image):
+        turned = [file.name for file in (image, path) if affine is None and is_turned(file)]
+        if maps.shape[1:] == size[::-1] != size and turned:
             raise InputError(
-                f"{path}: lies on {image.name} as it is stored, but its EXIF tag turns it: turn the mask as a viewer "
-                "shows the image, or take the tag off."
+                f"{path}: lies on {image.name} as both are stored, but the EXIF tag of {turned[0]} turns it: turn the "
+                "other's pixels as a viewer shows it, or take the tag off."
             )
         same_size(path, maps.shape[1:], image, size)
         _check_channels(maps, path, how.raters)
         if how.raters is None:
             written = _write_label(files, how.coding.labels(maps[0], path), affine, f"{folder}/{name}")
-            item.update({"label": written} if folder == "labels" else {"labels": [*item.get("labels", []), written]})
+            item.update({"label": written} if folder in COMMON else {"labels": [*item.get("labels", []), written]})
         else:
             channels = [how.coding.labels(one, path) for one in maps]
             several = channels if how.raters == "channels" else _bits(maps[0], how.bits)

@@ -122,6 +122,10 @@ def _is_binary(mask: MaskTraits) -> bool:
     return mask.values <= {0, 1} or any(mask.values <= {0, full} for full in FULL_SCALES)
 
 
+def _is_white(level: float) -> bool:
+    return any((1 - JPEG_TAIL) * full <= level <= full for full in FULL_SCALES)
+
+
 def _has_soft_edges(masks: Sequence[MaskTraits]) -> bool:
     """Whether grey masks are black and white but for their edges; else they hold labels.
 
@@ -173,12 +177,12 @@ def _mixed(one: MaskTraits, other: MaskTraits) -> InputError:
 
 def _check_labels(masks: Sequence[MaskTraits]) -> None:
     """Refuse label values that are grey levels in some masks, or number objects."""
-    full = [mask for mask in masks if mask.top in FULL_SCALES]
-    others = [mask for mask in masks if mask.top not in FULL_SCALES and mask.top > 0]
-    if full and all(_is_binary(mask) for mask in full):
-        other = max(others, key=lambda mask: mask.top, default=None)
-        if other is not None and other.top < GREY:
-            raise _mixed(full[0], other)
+    bright = [mask for mask in masks if mask.is_grey or mask.top in FULL_SCALES]
+    if bright and all(len(mask.values - {0}) == 1 for mask in bright):
+        white = {mask.top: mask for mask in bright if _is_white(mask.top)}
+        small = [mask for mask in masks if 0 < mask.top < GREY]
+        if white and (small or len(white) > 1):
+            raise _mixed(white[max(white)], small[0] if small else white[min(white)])
     pictures = [mask for mask in masks if mask.stored != "volume"]
     values = frozenset[float]().union(*(mask.values for mask in pictures))
     if len(values) > MAX_PICTURE_LABELS:
@@ -197,7 +201,12 @@ def _alpha_note(masks: Sequence[MaskTraits]) -> tuple[str, ...]:
 
 
 def _light_note(masks: Sequence[MaskTraits]) -> tuple[str, ...]:
-    """A word where black may be what is marked."""
+    """A word where black may be what is marked, or nothing is background."""
+    if masks and not any(0 in mask.values for mask in masks):
+        return (
+            f"no mask holds 0, the background, {masks[0].path.name} nothing below {min(masks[0].values):g}: every "
+            "voxel will belong to a class; save the background as 0.",
+        )
     light = [mask for mask in masks if mask.light > 0.5]
     if 2 * len(light) <= len(masks):
         return ()
