@@ -93,7 +93,7 @@ class DataList:
         return [key for key in OTHER_GROUPS if any(key in case for case in cases)]
 
     @property
-    def channels(self) -> list[str]:
+    def channel_names(self) -> list[str]:
         """Names of the channels, as Decathlon or nnU-Net gives them; none where there are not several."""
         named = self.content.get("channel_names") or self.content.get("modality")
         return [str(name) for name in named.values()] if isinstance(named, dict) and len(named) > 1 else []

@@ -139,9 +139,9 @@ def inspect_dataset(dataset: str | Path) -> Report:
         report.errors.append(f"{data.file}: no case can be read.")
         return report
     usual = _check_alike(facts, report)
-    if data.channels and len(data.channels) != usual[1]:
+    if data.channel_names and len(data.channel_names) != usual[1]:
         report.warnings.append(
-            f"{data.file}: names {len(data.channels)} channels ({', '.join(data.channels)}), the images have "
+            f"{data.file}: names {len(data.channel_names)} channels ({', '.join(data.channel_names)}), the images have "
             f"{usual[1]}: list all files of a case under 'image', or correct the names."
         )
     regions = _regions(data, facts, report)
