@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .panels import draw_panels
 
-__all__ = ["error_map", "overlay_bytes", "palette_png_bytes"]
+__all__ = ["error_map", "grey", "overlay_bytes", "palette_png_bytes"]
 
 COLOURS = np.array(
     [(0, 0, 0), (230, 75, 53), (77, 187, 213), (243, 200, 60), (0, 160, 135), (132, 100, 190), (240, 130, 180)],
@@ -54,7 +54,7 @@ def _slice(volume: np.ndarray, spatial_dims: int, index: int) -> np.ndarray:
     return np.moveaxis(plane, 0, -1)
 
 
-def _grey(image: np.ndarray) -> np.ndarray:
+def grey(image: np.ndarray) -> np.ndarray:
     """Scale (x, y, channels) to RGB in [0, 1]: three channels as colours, else the first one as grey."""
     image = image if image.shape[-1] == 3 else np.repeat(image[..., :1], 3, axis=-1)
     low, high = np.percentile(image, (0.5, 99.5))
@@ -105,7 +105,7 @@ def overlay_bytes(
     dims = image.ndim - 1
     shown = prediction if truth is None else truth
     index = 0 if dims == 2 else int((shown if shown.any() else prediction)[0].sum(axis=(0, 1), dtype=float).argmax())
-    background = _grey(_slice(image, dims, index))
+    background = grey(_slice(image, dims, index))
     colours = _colours(list(names)) / 255
     wrong = np.array([(0, 0, 0), *ERRORS.values()]) / 255
 

@@ -47,24 +47,32 @@ def run(command: list[str | Path], cwd: Path, **variables: str) -> str:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bundle, from its zip, alone in an empty folder."""
+    """The bundle, from its zip, alone in an empty folder, whose path has a space."""
     tmp = tmp_path_factory.mktemp("dist")
     digest = hashlib.sha256((ROOT / "bundle" / "models" / "model.pt").read_bytes()).hexdigest()
     record = {"data": "Hippocampus3D", "method": "shipped", "sha256": digest, "dice": 0.5}
     (tmp / "results.jsonl").write_text(json.dumps(record))
     _, archive = package_bundle(str(tmp), str(ROOT / "bundle"), str(tmp / "results.jsonl"))
-    empty = tmp_path_factory.mktemp("empty")
+    empty = tmp_path_factory.mktemp("empty folder")
     with zipfile.ZipFile(archive) as file:
         file.extractall(empty)
     return empty / NAME
 
 
+def fresh(place: Path, packages: list[str]) -> Path:
+    """Python of a new environment with packages."""
+    subprocess.run([sys.executable, "-m", "venv", place], check=True)
+    python = next(p for p in (place / "bin" / "python", place / "Scripts" / "python.exe") if p.exists())
+    probe = subprocess.run([python, "-m", "pip", "install", "-q", packages[-1]], capture_output=True, encoding="utf-8")
+    if probe.returncode:
+        pytest.skip(f"pip has no index: {probe.stderr[-200:]}")
+    run([python, "-m", "pip", "install", "-q", *packages], place)
+    return python
+
+
 @pytest.fixture(scope="module")
 def python(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Python of a fresh environment."""
-    tmp = tmp_path_factory.mktemp("venv")
-    subprocess.run([sys.executable, "-m", "venv", tmp], check=True)
-    python = next(p for p in (tmp / "bin" / "python", tmp / "Scripts" / "python.exe") if p.exists())
     metadata = json.loads((folder / "configs" / "metadata.json").read_text())
     named = {
         "monai": metadata["monai_version"],
@@ -72,11 +80,14 @@ def python(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "numpy": metadata["numpy_version"],
     }
     lines = [f"{name}=={version}" for name, version in {**named, **metadata["required_packages_version"]}.items()]
-    probe = subprocess.run([python, "-m", "pip", "install", "-q", lines[-1]], capture_output=True, encoding="utf-8")
-    if probe.returncode:
-        pytest.skip(f"pip has no index: {probe.stderr[-200:]}")
-    run([python, "-m", "pip", "install", "-q", *lines], tmp)
-    return python
+    return fresh(tmp_path_factory.mktemp("venv"), lines)
+
+
+@pytest.fixture(scope="module")
+def torch_alone(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Python of a fresh environment with torch and what torch needs."""
+    metadata = json.loads((folder / "configs" / "metadata.json").read_text())
+    return fresh(tmp_path_factory.mktemp("torch"), [f"torch=={metadata['pytorch_version']}"])
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +143,53 @@ def test_checks_of_the_zoo(folder, python, tmp_path):
         "print(medsegdiff_monai.__file__)"
     )
     assert run([python, "-c", script], folder).splitlines()[-1] == str(folder / "medsegdiff_monai" / "__init__.py")
+
+
+def test_workflow_from_python(folder, python, data, tmp_path):
+    """MONAI's ``ConfigWorkflow``, as applications run a bundle."""
+    script = (
+        "from monai.bundle import ConfigWorkflow\n"
+        f"settings = {{'dataset_dir': {str(data)!r}, 'output_dir': {str(tmp_path)!r}, 'device': 'cpu'}}\n"
+        "one = ConfigWorkflow('configs/inference.json', meta_file='configs/metadata.json', workflow_type='infer',\n"
+        "                     bundle_root='.', logging_file=False, **settings)\n"
+        "one.initialize()\n"
+        "assert one.check_properties() == []\n"
+        "one.run()\n"
+        "one.finalize()\n"
+    )
+    run([python, "-c", script], folder)
+    assert nib.load(tmp_path / "image_4" / "image_4_seg.nii.gz").shape == (30, 40, 34)
+
+
+ALONE = """
+import sys
+import torch
+image = torch.load("image.pt", weights_only=True)
+segment = torch.jit.load("alone.ts") if sys.argv[1] == "ts" else torch.export.load("alone.pt2").module()
+torch.testing.assert_close(segment(image), torch.load("expected.pt", weights_only=True), atol=2e-3, rtol=0)
+assert not {"monai", "medsegdiff_monai", "numpy"} & {name.split(".")[0] for name in sys.modules}
+"""
+EXPECTED = """
+import torch
+from monai.bundle import ConfigParser
+parser = ConfigParser()
+parser.read_config("configs/inference.json")
+parser.update({"bundle_root": ".", "device": "cpu"})
+network, inferer = parser.get_parsed_content("network_def").eval(), parser.get_parsed_content("inferer")
+network.load_state_dict(torch.load("models/model.pt", weights_only=True))
+image = torch.randn(1, 1, *inferer.roi_size)
+with torch.no_grad():
+    members = inferer(inputs=image, network=network).unflatten(1, (-1, network.out_channels))
+torch.save(image, "image.pt")
+torch.save(network.record(members.mean(1)), "expected.pt")
+"""
+
+
+@pytest.mark.parametrize("kind", ["ts", "pt2"])
+def test_exported_file_runs_with_torch_alone(kind, folder, python, torch_alone):
+    run([python, "-c", EXPECTED], folder)
+    run([python, "-m", "medsegdiff_monai", "export", "--output", f"alone.{kind}"], folder)
+    run([torch_alone, "-c", ALONE, kind], folder)
 
 
 def test_from_elsewhere_with_the_path(folder, python, data, tmp_path):

@@ -68,13 +68,14 @@ def case_names(images: Sequence[str | Sequence[str]]) -> list[str]:
         clash = Counter(map(folded, names))
         if len(clash) == len(names):
             break
-        names = [
-            safe_name(re.sub(r"[^\w.-]+", "_", "_".join([*path.parent.parts[-depth:], stem])))
-            if clash[folded(name)] > 1
-            else name
-            for name, path, stem in zip(names, paths, stems)
-        ]
+        longer = [_with_folders(path, stem, depth) for path, stem in zip(paths, stems)]
+        names = [new if clash[folded(name)] > 1 else name for name, new in zip(names, longer)]
     return _numbered(names)
+
+
+def _with_folders(path: Path, stem: str, depth: int) -> str:
+    """The name of a file after that of so many folders above it."""
+    return safe_name(re.sub(r"[^\w.-]+", "_", "_".join([*path.parent.parts[-depth:], stem])))
 
 
 def _numbered(names: Sequence[str]) -> list[str]:

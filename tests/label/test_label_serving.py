@@ -6,6 +6,7 @@ import asyncio
 import json
 import shutil
 import threading
+from io import BytesIO
 from pathlib import Path
 
 import nibabel as nib
@@ -18,8 +19,10 @@ pytest.importorskip("monailabel", reason="MONAI Label has an environment of its 
 import pydicom
 import SimpleITK as sitk
 from monailabel.datastore.utils.convert import dicom_to_nifti
+from pydicom.sr.codedict import Code, codes
 
 from examples.label.serving.datastores import Folder
+from examples.label.serving.dicom_overlay import overlay_series
 from examples.label.serving.dicom_seg import is_label, read_dicom_seg, write_dicom_seg
 from examples.label.serving.endpoint import Turns
 from examples.label.serving.inference import _check, unless_stopped
@@ -85,9 +88,53 @@ def test_declared_codes_reach_the_dicom_seg(legend, series, tmp_path):
     label = drawn(image, (1, A), (2, P))
     declared = Legend(bundle)
     write_dicom_seg(tmp_path / "l.dcm", [(label, declared.classes)], nib.load(image).affine, folder, declared, False)
-    codes = [s.SegmentedPropertyTypeCodeSequence[0] for s in pydicom.dcmread(tmp_path / "l.dcm").SegmentSequence]
-    assert [(c.CodeValue, c.CodingSchemeDesignator) for c in codes] == [("1", "99MEDSEGDIFF"), ("T-1", "99TEST")]
-    assert codes[1].CodeMeaning == "Hinterer Teil"
+    kinds = [s.SegmentedPropertyTypeCodeSequence[0] for s in pydicom.dcmread(tmp_path / "l.dcm").SegmentSequence]
+    assert [(k.CodeValue, k.CodingSchemeDesignator) for k in kinds] == [("1", "99MEDSEGDIFF"), ("T-1", "99TEST")]
+    assert kinds[1].CodeMeaning == "Hinterer Teil"
+
+
+def test_shipped_classes_have_codes_of_snomed(legend, series, tmp_path):
+    folder, image = series
+    label = drawn(image, (1, A), (2, P))
+    write_dicom_seg(tmp_path / "l.dcm", [(label, legend.classes)], nib.load(image).affine, folder, legend, False)
+    kinds = [s.SegmentedPropertyTypeCodeSequence[0] for s in pydicom.dcmread(tmp_path / "l.dcm").SegmentSequence]
+    for kind, modifier in zip(kinds, (codes.SCT.Anterior, codes.SCT.Posterior), strict=True):
+        assert Code(kind.CodeValue, kind.CodingSchemeDesignator, kind.CodeMeaning) == codes.SCT.Hippocampus
+        (found,) = kind.SegmentedPropertyTypeModifierCodeSequence
+        assert Code(found.CodeValue, found.CodingSchemeDesignator, found.CodeMeaning) == modifier
+
+
+def test_series_of_uncertainty_lies_on_its_series_and_is_no_study(legend, series, tmp_path):
+    """Each pixel has the colour of the voxel at its place: grey where all is sure, no grey where nothing is."""
+    folder, image = series
+    values = nib.load(image).get_fdata()
+    entropy = np.zeros(values.shape, dtype=np.float32)
+    entropy[A] = 1
+    made = overlay_series(values, entropy, nib.load(image).affine, folder, legend)
+    sources = {str(s.SOPInstanceUID): s for s in map(pydicom.dcmread, folder.iterdir())}
+    assert len(made) == len(sources) == values.shape[2]
+    to_lps = np.diag([-1, -1, 1, 1]) @ nib.load(image).affine
+    unsure = np.zeros(values.shape, dtype=bool)
+    for one in made:
+        buffer = BytesIO()
+        one.save_as(buffer, write_like_original=False)
+        stored = pydicom.dcmread(BytesIO(buffer.getvalue()))
+        source = sources[stored.SourceImageSequence[0].ReferencedSOPInstanceUID]
+        assert stored.Modality == "OT" and stored.StudyInstanceUID == source.StudyInstanceUID
+        assert str(stored.PatientName) == "Müller" and legend.version in stored.SeriesDescription
+        pixels, shown = stored.pixel_array.astype(int), source.pixel_array.astype(int)
+        sure = np.ptp(pixels, axis=2) == 0
+        order = np.argsort(shown[sure])
+        assert (np.diff(pixels[sure][order, 0]) >= 0).all()  # the image
+        along_row, along_column = np.reshape(stored.ImageOrientationPatient, (2, 3))
+        corner, spacing = np.array(stored.ImagePositionPatient), stored.PixelSpacing
+        for row, column in np.argwhere(~sure):
+            place = corner + column * spacing[1] * along_row + row * spacing[0] * along_column
+            unsure[tuple(np.linalg.solve(to_lps, [*place, 1])[:3].round().astype(int))] = True
+    np.testing.assert_array_equal(unsure, entropy == 1)
+    assert len({one.SeriesInstanceUID for one in made}) == 1 and len({one.SOPInstanceUID for one in made}) == len(made)
+    with pytest.raises(Conflict, match="all slices"):
+        overlay_series(values[:-1], entropy[:-1], nib.load(image).affine, folder, legend)
 
 
 @pytest.mark.parametrize("boxes", [[(2, P)], [(1, A)], [(1, A), (2, P)]])

@@ -36,6 +36,25 @@ def test_slicer_gets_a_sample_segments_it_and_submits_it(stock):
     assert saved == label.read_bytes()
 
 
+def test_slicer_uploads_a_volume_of_its_own_as_a_session(stock, study, tmp_path):
+    """A volume that is not among the studies: its module sends it, asks for masks by the session, and ends it."""
+    client, file = stock.client(), tmp_path / "volume.nii.gz"
+    nib.save(study.slicer[:26], file)
+    session = client.create_session(str(file))["session_id"]
+    assert client.get_session(session)
+    options = {**stock.options("models"), "result_extension": ".nrrd", "result_dtype": "uint8", "num_members": 1}
+    masks = []
+    for restore in (True, False):  # the model's values are the labels' already
+        params = {**options, "restore_label_idx": restore}
+        mask, result = client.infer(stock.model, str(file), params, session_id=session)
+        assert result["label_names"] == {"anterior": 1, "posterior": 2}
+        masks.append(sitk.GetArrayFromImage(sitk.ReadImage(mask)))
+    np.testing.assert_array_equal(*masks)
+    np.testing.assert_array_equal(masks[0].T, voxels(stock.infer({"num_members": 1}, file=file)))
+    client.remove_session(session)
+    assert stock.post(session_id=session).status_code >= 400
+
+
 @pytest.fixture(scope="module")
 def ohif(study, tmp_path_factory):
     """A server whose studies are one MR series in a DICOMweb archive; with the archive."""
@@ -70,9 +89,28 @@ def test_ohif_gets_a_series_segments_it_and_submits_it(ohif, study, tmp_path):
     nib.save(study, tmp_path / "study.nii.gz")
     expected = voxels(server.infer(server.options("models"), file=tmp_path / "study.nii.gz"))
     np.testing.assert_array_equal(mask, expected.T)
+    answer = server.post(params={**params, "restore_label_idx": True}, image=series)
+    (tmp_path / "restored.nrrd").write_bytes(answer.content)
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(sitk.ReadImage(tmp_path / "restored.nrrd")), mask)
 
     label = {"label": ("label.bin", mask.astype(np.uint8).tobytes())}
     answer = requests.put(f"{server.url}/datastore/label", params={"image": series}, data={"params": "{}"}, files=label)
     assert answer.ok, server.log.read_text()[-3000:]
     (stored,) = archive.series(Modality="SEG")
     assert stored.ReferencedSeriesSequence[0].SeriesInstanceUID == series and len(stored.SegmentSequence) == 2
+
+
+def test_series_of_uncertainty_is_stored_beside_the_image_and_is_no_study(ohif, study, tmp_path):
+    server, archive = ohif
+    series = archive.series(Modality="MR")[0]
+    answer = server.post(params={"uncertainty_series": True}, image=str(series.SeriesInstanceUID), output="json")
+    assert answer.ok, answer.text
+    (stored,) = archive.series(Modality="OT")
+    assert answer.json()["uncertainty_series"] == stored.SeriesInstanceUID
+    assert stored.StudyInstanceUID == series.StudyInstanceUID
+    assert len(archive.find(Modality="OT")) == len(archive.find(SeriesInstanceUID=series.SeriesInstanceUID))
+    assert server.info()["datastore"]["total"] == 1
+    nib.save(study, tmp_path / "study.nii.gz")
+    for wrong, status in (({"uncertainty_series": True}, 409), ({"uncertainty_series": "perhaps"}, 400)):
+        refused = server.post(params=wrong, file=tmp_path / "study.nii.gz")
+        assert refused.status_code == status and "uncertainty_series" in refused.json()["detail"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -65,10 +66,11 @@ class Reader:
         self.page.get_by_text("Options / Configurations").wait_for()
         self.page.wait_for_timeout(3_000)
 
-    def run(self, uncertainty: bool) -> None:
-        """Run the model, in the end with the segments of uncertainty."""
+    def run(self, uncertainty: bool, uncertainty_series: bool = False) -> None:
+        """Run the model, with the segments of uncertainty and the series if wanted."""
         self.page.get_by_text("Options / Configurations").click()
         self.page.locator("#infermedsegdiffuncertainty").set_checked(uncertainty)
+        self.page.locator("#infermedsegdiffuncertainty_series").set_checked(uncertainty_series)
         self.page.locator("#infermedsegdiffnum_members").fill("3")
         self.page.get_by_role("button", name="Confirm", exact=True).click()
         self.page.get_by_title("Run Segmentation", exact=True).click()
@@ -76,12 +78,22 @@ class Reader:
         self.page.wait_for_timeout(3_000)
 
     def load_segmentation(self, name: str) -> list[str]:
-        """Load a DICOM-SEG of the open study; names of its segments."""
-        self.page.get_by_text(name).first.dblclick()
+        """Load a DICOM-SEG of the open study whose name matches; names of its segments."""
+        self.page.get_by_text(re.compile(name)).first.dblclick()
         self.page.get_by_role("button", name="Yes", exact=True).click()
         expect(self.page.get_by_text("anterior", exact=True)).to_be_visible()
         self.page.wait_for_timeout(5_000)
         return self.page.locator("[data-cy=data-row] span.text-base").all_inner_texts()
+
+    def show_series(self, name: str, slices: int) -> None:
+        """Show a series in the open study, and scroll by so many slices."""
+        self.page.get_by_text(name).first.dblclick()
+        self.page.wait_for_timeout(5_000)
+        self.page.mouse.move(900, 500)
+        for _ in range(slices):
+            self.page.mouse.wheel(0, 100)
+            self.page.wait_for_timeout(200)
+        self.page.wait_for_timeout(3_000)
 
     def jump_to(self, segment: str) -> None:
         """Choose a segment, and show its middle; a click before the segmentation is drawn leaves the first slice."""

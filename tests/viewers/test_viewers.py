@@ -79,7 +79,7 @@ def test_a_study_from_the_list_to_the_next_one(server, archive, pictures):
         ohif.run(uncertainty=False)
         masked = colourful(ohif.picture("mask"))
         assert (masked > before + 200).all(), (before, masked)
-        ohif.run(uncertainty=True)
+        ohif.run(uncertainty=True, uncertainty_series=True)
         assert (colourful(ohif.picture("mask_with_uncertainty")) > before + 200).all()
 
         seg = server.post(params={"num_members": 3, "uncertainty": True}, image=image, output="dicom_seg")
@@ -88,11 +88,16 @@ def test_a_study_from_the_list_to_the_next_one(server, archive, pictures):
         assert server.info()["datastore"]["completed"] == 0  # what the model draws is nobody's label
         ohif.open(study, "segmentation")
         names = ["anterior", "posterior", "anterior - unsure", "posterior - unsure"]
-        assert ohif.load_segmentation("MedSegDiff") == names
+        assert ohif.load_segmentation(r"^MedSegDiff") == names
         ohif.jump_to("anterior - unsure")
         shown = colourful(ohif.picture("dicom_seg")).sum()
         ohif.hide("anterior - unsure")
         assert colourful(ohif.picture("dicom_seg_without_unsure")).sum() < shown - 100
+        drawn = requests.get(f"{archive}/dicom-web/series", params={"Modality": "OT"}).json()
+        assert [one["0020000D"]["Value"] for one in drawn] == [[study]] and server.info()["datastore"]["total"] == 3
+        ohif.open(study, "viewer")
+        ohif.show_series("Uncertainty of", slices=18)
+        assert colourful(ohif.picture("series_of_uncertainty")).sum() > 200
         assert ohif.foreign == [] and ohif.broken == []
 
 

@@ -22,10 +22,10 @@ from monailabel.interfaces.tasks.strategy import Strategy
 from monailabel.tasks.activelearning.epistemic import Epistemic
 from monailabel.tasks.scoring.epistemic_v2 import EpistemicScoring
 
-from examples.label.serving.datastores import Archive, Folder
-from examples.label.serving.inference import GradedInferTask, grade_of
+from examples.label.serving.datastores import Archive, Folder, dicom_series
+from examples.label.serving.inference import GradedInferTask, grade_of, wants
 from examples.label.serving.legend import Legend
-from examples.label.serving.refusals import NotThere
+from examples.label.serving.refusals import Conflict, NotThere
 from medsegdiff_monai.errors import InputError, find_input_error
 
 STOCK_APP = Path(sys.prefix) / "monailabel" / "sample-apps" / "monaibundle" / "main.py"
@@ -144,13 +144,21 @@ class MedSegDiffApp(_stock_app(), MONAILabelApp):  # type: ignore[misc]
         return {**super().init_strategies(), "disagreement": disagreement, "worst_first": WorstFirst()}
 
     def infer(self, request: dict[str, Any], datastore: Datastore | None = None) -> dict[str, Any]:
-        """Segment an image; the grade of a study is kept with it.
+        """Segment an image; the grade of a study is kept with it, and a series of uncertainty in its archive.
 
         Raises:
             InputError: for what cannot be done.
         """
         if request.get("model") not in self._infers:
             raise NotThere(f"model {request.get('model')!r} is not there: take {', '.join(self._infers)}.")
+        store, study = datastore or self.datastore(), not Path(request["image"]).is_absolute()
+        beside = wants(request, "uncertainty_series")
+        if beside:
+            if not (study and isinstance(store, Archive)):
+                raise Conflict(
+                    "uncertainty_series: goes into a DICOM archive, and this image is in none: leave it out."
+                )
+            request["dicom_series"] = dicom_series(store.get_image_uri(request["image"]))
         try:
             result = super().infer(request, datastore)
         except Exception as error:
@@ -158,7 +166,12 @@ class MedSegDiffApp(_stock_app(), MONAILabelApp):  # type: ignore[misc]
             if found is None:
                 raise
             raise found from error
-        store = datastore or self.datastore()
-        if not Path(request["image"]).is_absolute():
+        if study:
             store.update_image_info(request["image"], {"grade": result["params"]["grade"]})
+        if beside:
+            try:
+                result["params"]["uncertainty_series"] = store.add_series(result["params"]["uncertainty_series"])
+            except BaseException:
+                Path(result["file"]).unlink()
+                raise
         return result

@@ -32,7 +32,7 @@ from .labels import read_submitted
 from .legend import Legend
 from .refusals import Conflict, NotThere
 
-__all__ = ["Archive", "Folder"]
+__all__ = ["Archive", "Folder", "dicom_series"]
 
 FINAL = str(DefaultLabelTag.FINAL.value)
 MADE_OF = "SeriesInstanceUID"  # in the info of a label: the series in the archive that it was read from
@@ -41,6 +41,21 @@ MADE_OF = "SeriesInstanceUID"  # in the info of a label: the series in the archi
 def _check_name(name: str) -> None:
     if not re.fullmatch(r"[\w.^+ -]+", name) or set(name) <= {"."}:
         raise InputError(f"{name!r} is no name for a study or a tag: take letters, digits, and any of . _ ^ + -")
+
+
+def dicom_series(image: str) -> str:
+    """Return the folder of a study's DICOM files.
+
+    Args:
+        image: that folder, or the NIfTI copy beside it.
+
+    Raises:
+        Conflict: where there is none.
+    """
+    folder = Path(image) if Path(image).is_dir() else Path(image.removesuffix(".nii.gz"))
+    if not folder.is_dir():
+        raise Conflict("DICOM needs a DICOM series, and this image is none: take output=image, or an archive.")
+    return str(folder)
 
 
 class Folder(LocalDatastore):
@@ -337,6 +352,11 @@ class Archive(Folder, DICOMWebDatastore):
             series = Path(self._datastore.image_path(), image_id)
             write_dicom_seg(file, [(label, self.legend.classes)], affine, series, self.legend, automatic=False)
             return {MADE_OF: dicom_web_upload_dcm(str(file), self._client), "Modality": "SEG"}
+
+    def add_series(self, instances: list[Dataset]) -> str:
+        """Store a series in the archive; its name."""
+        self._client.store_instances(instances)
+        return str(instances[0].SeriesInstanceUID)
 
     def get_label_uri(self, label_id: str, label_tag: str, image_id: str = "") -> str:
         """Return the label of a series as NIfTI on its grid, as the archive has it now; empty where there is none."""

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-from shutil import which
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -16,16 +13,13 @@ import pydicom
 import pydicom_seg
 import SimpleITK as sitk
 
-from medsegdiff_monai.errors import InputError
-
+from .converter import as_itk, convert, edited
 from .labels import combine
-from .legend import KEYS, Legend, Segment
+from .legend import MODIFIER, Legend, Segment
 from .refusals import Conflict
 
 __all__ = ["is_label", "read_dicom_seg", "write_dicom_seg"]
 
-UTF_8 = "ISO_IR 192"
-TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 AXES_TOLERANCE = 1e-3  # by which directions of axes may differ, which DICOM writes with few digits
 VOLUME_TOLERANCE = 0.2  # share of a segment's volume that another grid may cost
 
@@ -59,32 +53,12 @@ def write_dicom_seg(
     with TemporaryDirectory() as folder:
         files = [str(Path(folder, f"{i}.nrrd")) for i in range(len(there))]
         for file, (label, _) in zip(files, there):
-            sitk.WriteImage(_image(label, affine), file)
+            sitk.WriteImage(as_itk(label.astype(np.uint8), affine), file)
         meta = Path(folder, "meta.json")
         meta.write_text(json.dumps(_template([segments for _, segments in there], legend, automatic)))
         arguments = ["--inputImageList", ",".join(files), "--inputDICOMDirectory", str(series)]
-        _convert([*arguments, "--outputDICOM", str(path), "--inputMetadata", str(meta), "--skip"])
+        convert("itkimage2segimage", [*arguments, "--outputDICOM", str(path), "--inputMetadata", str(meta), "--skip"])
     _name_segments(path, [one for _, segments in there for one in segments], legend, automatic)
-
-
-def _image(label: np.ndarray, affine: np.ndarray) -> sitk.Image:
-    lps = TO_LPS @ affine
-    spacing = np.linalg.norm(lps[:3, :3], axis=0)
-    image = sitk.GetImageFromArray(np.ascontiguousarray(label.astype(np.uint8).T))
-    image.SetSpacing(spacing.tolist())
-    image.SetOrigin(lps[:3, 3].tolist())
-    image.SetDirection((lps[:3, :3] / spacing).ravel().tolist())
-    return image
-
-
-def _convert(arguments: Sequence[str]) -> None:
-    tool = which("itkimage2segimage", path=str(Path(sys.executable).parent)) or which("itkimage2segimage")
-    if tool is None:
-        raise InputError("itkimage2segimage is not there: pip install dcmqi.")
-    done = subprocess.run([tool, *arguments], capture_output=True, text=True, errors="replace")
-    if done.returncode:
-        said = [line for line in (done.stderr + done.stdout).splitlines() if "ERROR" in line.upper()]
-        raise InputError(f"the series cannot carry a DICOM-SEG ({(said or ['no reason given'])[-1][:200]}).")
 
 
 def _template(groups: Sequence[Sequence[Segment]], legend: Legend, automatic: bool) -> dict[str, Any]:
@@ -97,7 +71,7 @@ def _template(groups: Sequence[Sequence[Segment]], legend: Legend, automatic: bo
                 "SegmentAlgorithmType": "AUTOMATIC" if automatic else "SEMIAUTOMATIC",
                 "SegmentAlgorithmName": "MedSegDiff",
                 "recommendedDisplayRGBValue": list(one.colour),
-                **{key: {**one.codes[key], "CodeMeaning": "to be named"} for key in KEYS},
+                **{key: {**code, "CodeMeaning": "to be named"} for key, code in one.codes.items()},
             }
             for one in group
         ]
@@ -119,17 +93,15 @@ def _template(groups: Sequence[Sequence[Segment]], legend: Legend, automatic: bo
 
 
 def _name_segments(path: str | Path, segments: Sequence[Segment], legend: Legend, automatic: bool) -> None:
-    dataset = pydicom.dcmread(path)
-    dataset.decode()  # the patient's name, in the series' own letters, before all is written in UTF-8
-    dataset.SpecificCharacterSet = UTF_8
-    dataset.SeriesDescription = legend.series_description if automatic else legend.label_description
-    for item, one in zip(dataset.SegmentSequence, segments, strict=True):
-        item.SegmentLabel = one.name[:64]
-        item.SegmentDescription = one.name[:1024]
-        item.SegmentAlgorithmName = f"{legend.model} {legend.version}"[:64]
-        for key in KEYS:
-            item[key].value[0].CodeMeaning = one.codes[key]["CodeMeaning"][:64]
-    dataset.save_as(path)
+    with edited(path) as dataset:
+        dataset.SeriesDescription = legend.series_description if automatic else legend.label_description
+        for item, one in zip(dataset.SegmentSequence, segments, strict=True):
+            item.SegmentLabel = one.name[:64]
+            item.SegmentDescription = one.name[:1024]
+            item.SegmentAlgorithmName = f"{legend.model} {legend.version}"[:64]
+            for key, code in one.codes.items():
+                holder = item.SegmentedPropertyTypeCodeSequence[0] if key == MODIFIER else item
+                holder[key].value[0].CodeMeaning = code["CodeMeaning"][:64]
 
 
 def is_label(dataset: pydicom.Dataset, legend: Legend) -> bool:

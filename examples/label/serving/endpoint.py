@@ -24,8 +24,9 @@ from monailabel.interfaces.utils.app import app_instance
 
 from medsegdiff_monai.errors import InputError
 
+from .datastores import dicom_series
 from .inference import unless_stopped
-from .refusals import Busy, Conflict, NotThere, Stopped
+from .refusals import Busy, NotThere, Stopped
 
 __all__ = ["PLACES", "Turns", "infer"]
 
@@ -120,20 +121,12 @@ def _session(name: str) -> Any:
     return session
 
 
-def _dicom_series(image: str) -> str:
-    """The folder of a study's DICOM files."""
-    folder = Path(image) if Path(image).is_dir() else Path(image.removesuffix(".nii.gz"))
-    if not folder.is_dir():
-        raise Conflict("DICOM-SEG needs a DICOM series, and this image is none: take output=image, or an archive.")
-    return str(folder)
-
-
 def _segment(request: dict[str, Any], output: ResultType | None) -> dict[str, Any]:
     instance = app_instance()
     if output == ResultType.dicom_seg:
         image = request["image"]
         place = image if os.path.isabs(image) else instance.datastore().get_image_uri(image)
-        request |= {"result_extension": ".dcm", "dicom_series": _dicom_series(place)}
+        request |= {"result_extension": ".dcm", "dicom_series": dicom_series(place)}
     result = instance.infer(request)
     if output == ResultType.dicom_seg:
         result["dicom_seg"] = result["file"]

@@ -17,12 +17,13 @@ from medsegdiff_monai.cases import CaseResult, named_regions
 from medsegdiff_monai.errors import InputError
 from medsegdiff_monai.grading import measure, reasons_to_look
 
+from .dicom_overlay import overlay_series
 from .dicom_seg import write_dicom_seg
 from .legend import Legend, Segment
 from .refusals import Stopped
 from .seg_nrrd import write_seg_nrrd
 
-__all__ = ["GradedInferTask", "grade_of", "unless_stopped"]
+__all__ = ["GradedInferTask", "grade_of", "unless_stopped", "wants"]
 
 _stop: ContextVar[threading.Event | None] = ContextVar("stop", default=None)
 
@@ -68,7 +69,8 @@ class GradedInferTask(BundleInferTask):
 
     MONAI Label's task keeps the options of a request in itself: one request at a time. The option ``uncertainty`` marks
     where the members disagree: with ``.seg.nrrd`` and DICOM-SEG as further segments that overlap the mask, in a single
-    label map, as viewers ask for, by values of their own (:meth:`.legend.Legend.uncertain_map`).
+    label map, as viewers ask for, by values of their own (:meth:`.legend.Legend.uncertain_map`). With the option
+    ``uncertainty_series`` there are also pictures of the map of uncertainty (:func:`.dicom_overlay.overlay_series`).
 
     Args:
         path: folder of the bundle.
@@ -83,7 +85,7 @@ class GradedInferTask(BundleInferTask):
         super().__init__(path, conf, load_strict=True, **kwargs)
         self._config["model_filename"].sort(key="model.pt".__ne__)  # viewers take the first one
         self.labels = {one.name: one.value for one in legend.in_label_maps}
-        self._config["uncertainty"] = False
+        self._config |= {"uncertainty": False, "uncertainty_series": False}
 
     def __call__(self, request: dict[str, Any], callbacks: Any = None) -> tuple[Any, dict[str, Any]]:
         """Segment an image.
@@ -128,7 +130,7 @@ class GradedInferTask(BundleInferTask):
     def writer(self, data: dict[str, Any], extension: Any = None, dtype: Any = None) -> tuple[Any, Any]:
         """Write the mask in the format that was asked for; its grade goes into the answer."""
         _check()
-        case, unsure = self.case(data), _wants(data.get("uncertainty"))
+        case, unsure = self.case(data), wants(data, "uncertainty")
         votes = np.asarray(case.case.member_masks.cpu())
         if unsure and len(votes) < 2:
             raise InputError("uncertainty: one member has nobody to disagree with: set num_members to at least 2.")
@@ -137,6 +139,11 @@ class GradedInferTask(BundleInferTask):
             "grade": grade_of(case), "model_version": self.legend.version,
             "segments": {one.name: one.value for one in segments},
         }  # fmt: skip
+        if wants(data, "uncertainty_series"):
+            entropy = np.asarray(data["uncertainty_entropy"].cpu())[0]
+            data["result"]["uncertainty_series"] = overlay_series(
+                case.image[0], entropy, case.affine, data["dicom_series"], self.legend
+            )
         mask = np.asarray(data["pred"].cpu()).astype(np.uint8)
         ext = str(extension or data.get("result_extension") or "").lower()
         if ext == ".seg.nrrd":
@@ -160,11 +167,12 @@ class GradedInferTask(BundleInferTask):
         return layers
 
 
-def _wants(value: Any) -> bool:
+def wants(request: Mapping[str, Any], option: str) -> bool:
     """Whether an option that viewers send as a boolean or as text is set."""
-    if str(value).lower() not in ("true", "false", "none", ""):
-        raise InputError(f"uncertainty={value!r} must be true or false.")
-    return str(value).lower() == "true"
+    value = str(request.get(option)).lower()
+    if value not in ("true", "false", "none", ""):
+        raise InputError(f"{option}={request[option]!r} must be true or false.")
+    return value == "true"
 
 
 def _temporary(ext: str, write: Callable[[str], None]) -> str:

@@ -25,6 +25,7 @@ OUTSIDE = "{} - unsure, outside"  # of a single label map: what of it is not, an
 CATEGORY = {"CodeValue": "123037004", "CodingSchemeDesignator": "SCT", "CodeMeaning": "Anatomical Structure"}
 PRIVATE = "99MEDSEGDIFF"  # scheme of classes for which metadata declare no code; private ones begin with 99
 KEYS = ("SegmentedPropertyCategoryCodeSequence", "SegmentedPropertyTypeCodeSequence")
+MODIFIER = "SegmentedPropertyTypeModifierCodeSequence"  # which DICOM-SEG has within the type
 LARGEST = 255  # viewers ask for label maps of bytes
 
 
@@ -37,7 +38,7 @@ class Segment:
         name: of the segment.
         colour: red, green and blue, 0 to 255.
         counts_as: value in label maps for training; None where others say what its voxels are.
-        codes: category and type, as DICOM-SEG has them.
+        codes: category, type and, where declared, the type's modifier, as DICOM-SEG has them.
     """
 
     value: int
@@ -133,6 +134,11 @@ class Legend:
     def label_description(self) -> str:
         """What a series is called that a person has drawn for the model."""
         return self._fitted("Label for ", "")
+
+    @property
+    def map_description(self) -> str:
+        """What the series of a map of uncertainty is called."""
+        return self._fitted("Uncertainty of ", "")
 
     def _fitted(self, before: str, after: str) -> str:
         ending = f" {self.version}{after}"

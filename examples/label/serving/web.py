@@ -11,10 +11,9 @@ import inspect
 import logging
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import wraps
 from typing import Any
-from urllib.parse import urlsplit
 
 import requests
 from fastapi import HTTPException, Request
@@ -38,100 +37,23 @@ from monailabel.endpoints import (
 )  # fmt: skip
 from monailabel.interfaces.exception import MONAILabelException
 from monailabel.interfaces.utils.app import app_instance
-from starlette.middleware import Middleware
-from starlette.middleware.cors import CORSMiddleware
 
 from medsegdiff_monai.errors import InputError, find_input_error
 
 from .endpoint import infer as own_infer
+from .guard import UPLOAD, answer, guarded
 from .refusals import Conflict, NotThere
 
-__all__ = ["Guard", "app"]
+__all__ = ["app"]
 
 logger = logging.getLogger(__name__)
 
 ORIGINS = "MEDSEGDIFF_LABEL_ORIGINS"  # of web pages that may ask this server, with spaces between them
-UPLOAD = "MEDSEGDIFF_LABEL_MAX_UPLOAD_MB"
-HOSTS = ("127.0.0.1", "localhost", "::1")
-POLICY = (
-    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' 'wasm-unsafe-eval'; worker-src 'self' blob:; "
-    "style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:; connect-src {} data: blob:; "
-    "object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'self'"
-)
 STATUS = {
     MemoryError: (503, "there is not enough memory for it: close something else, or take a smaller image."),
     requests.RequestException: (503, "the archive does not answer as it should: see that it runs, then try again."),
     shutil.ReadError: (400, "the upload is no archive that can be unpacked, such as a zip."),
 }
-
-
-def _answer(status: int, text: str) -> JSONResponse:
-    """One line for people, where MONAI Label's clients look for it."""
-    return JSONResponse({"detail": " ".join(text.split())}, status, {"Retry-After": "10"} if status == 503 else None)
-
-
-class Guard:
-    """Refuses requests that someone else's web page makes, or that are too large; ties the viewer to this server.
-
-    A browser names the page that asks in ``Origin``. A page whose own name is made to lead to this machine (DNS
-    rebinding) gives that name as ``Host``.
-
-    Args:
-        app: the application.
-        origins: of other pages that may ask, such as ``https://viewer.hospital.example``.
-        max_bytes: of a request.
-    """
-
-    def __init__(self, app: Any, origins: Sequence[str] = (), max_bytes: int = 2**30) -> None:
-        self.app, self.origins, self.max_bytes = app, list(origins), max_bytes
-        self.hosts = {*HOSTS, *(urlsplit(origin).hostname for origin in origins)}
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Answer a request, or pass it on."""
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-        refused = self._refused({key.decode("latin-1"): value.decode("latin-1") for key, value in scope["headers"]})
-        if refused is not None:
-            return await refused(scope, receive, send)
-        await self.app(scope, self._bounded(receive), self._with_policy(send) if scope["path"][:5] == "/ohif" else send)
-
-    def _refused(self, headers: dict[str, str]) -> JSONResponse | None:
-        host, origin = headers.get("host", ""), headers.get("origin")
-        if urlsplit(f"//{host}").hostname not in self.hosts:
-            return _answer(403, f"host {host!r} is not served: add its origin with --origins.")
-        if origin is not None and origin not in self.origins and urlsplit(origin).netloc != host:
-            return _answer(403, f"pages of {origin!r} may not ask this server: add it with --origins.")
-        length = headers.get("content-length", "0")
-        if not length.isdigit() or int(length) > self.max_bytes:
-            return _answer(413, self._too_large())
-        return None
-
-    def _too_large(self) -> str:
-        return f"the request is larger than {self.max_bytes >> 20} MiB: set {UPLOAD} for more."
-
-    def _bounded(self, receive: Any) -> Any:
-        received = 0
-
-        async def bounded() -> Any:
-            nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
-            if received > self.max_bytes:  # sent in pieces, without a length
-                raise HTTPException(413, self._too_large())
-            return message
-
-        return bounded
-
-    def _with_policy(self, send: Any) -> Any:
-        policy = POLICY.format(" ".join(["'self'", *self.origins]))
-
-        async def with_policy(message: Any) -> None:
-            if message["type"] == "http.response.start":
-                more = [(b"content-security-policy", policy.encode()), (b"referrer-policy", b"no-referrer")]
-                message = {**message, "headers": [*message["headers"], *more]}
-            await send(message)
-
-        return with_policy
 
 
 def _in_thread(endpoint: Callable) -> Callable:
@@ -200,36 +122,28 @@ async def _refuse(request: Request, error: Exception) -> JSONResponse:
     """The answer to an error."""
     found = find_input_error(error)
     if found is not None:
-        return _answer(getattr(found, "status", 400), str(found))
+        return answer(getattr(found, "status", 400), str(found))
     if isinstance(error, MONAILabelException):
-        return _answer(404, error.msg)
+        return answer(404, error.msg)
     for kind, (status, text) in STATUS.items():
         if isinstance(error, kind):
-            return _answer(status, f"{text} ({str(error)[:200]})")
+            return answer(status, f"{text} ({str(error)[:200]})")
     first = (str(error).splitlines() or [""])[0][:200]
-    return _answer(500, f"{type(error).__name__}: {first} (the server's log says more)")
+    return answer(500, f"{type(error).__name__}: {first} (the server's log says more)")
 
 
 async def _refuse_http(request: Request, error: HTTPException) -> JSONResponse:
     status = {429: 409, 406: 409}.get(error.status_code, error.status_code)  # a task is running; sessions are off
-    return _answer(status, str(error.detail))
+    return answer(status, str(error.detail))
 
 
 async def _refuse_form(request: Request, error: RequestValidationError) -> JSONResponse:
     faults = (f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
-    return _answer(400, "; ".join(faults))
+    return answer(400, "; ".join(faults))
 
 
 for _kind in (InputError, MONAILabelException, *STATUS, Exception):
     app.add_exception_handler(_kind, _refuse)
 app.add_exception_handler(HTTPException, _refuse_http)  # type: ignore[arg-type]
 app.add_exception_handler(RequestValidationError, _refuse_form)  # type: ignore[arg-type]
-_origins = os.environ.get(ORIGINS, "").split()
-app.user_middleware = [
-    Middleware(Guard, origins=_origins, max_bytes=int(float(os.environ.get(UPLOAD, "1024")) * 2**20)),
-    *(
-        [Middleware(CORSMiddleware, allow_origins=_origins, allow_methods=["*"], allow_headers=["*"])]
-        if _origins
-        else []
-    ),
-]
+app.user_middleware = guarded(os.environ.get(ORIGINS, "").split(), int(float(os.environ.get(UPLOAD, "1024")) * 2**20))
