@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from functools import cached_property, partial
 
 import itk
 import numpy as np
@@ -144,7 +144,7 @@ def dice_matrix(masks: Tensor) -> Tensor:
 def mean_pairwise_dice(masks: Tensor) -> Tensor:
     """Mean Dice over all pairs of members (members, classes, *spatial): (classes,), float64; NaN for one member."""
     n = len(masks)
-    matrices = [dice_matrix(masks[:, k]) for k in range(masks.shape[1])]
+    matrices = [dice_matrix(masks[:, k].contiguous()) for k in range(masks.shape[1])]
     return torch.stack([(m.sum() - m.trace()) / (n * (n - 1)) for m in matrices])
 
 
@@ -203,7 +203,6 @@ class MemberSummary:
             :meth:`medsegdiff_monai.transforms.Regions.binarise`; by default each class is cut at one half.
 
     Attributes:
-        votes: the members' masks, boolean (members, classes, *spatial).
         mean: of their probabilities, (classes, *spatial).
 
     Raises:
@@ -211,20 +210,26 @@ class MemberSummary:
     """
 
     def __init__(self, members: Iterable[Tensor], binarise: Callable[[Tensor], Tensor] | None = None) -> None:
-        votes: list[Tensor] = []
+        self._votes: list[Tensor] = []
         for member in members:
-            if not votes:
+            if not self._votes:
                 sums = [torch.zeros(member.shape, device=member.device) for _ in range(2)]
             for probability, entropy, part in zip(*(_parts(field) for field in (*sums, member))):
                 probability += part
                 entropy += binary_entropy(part.float())
-            votes.append(in_parts(binarise or _above_half, member))
-        if not votes:
+            self._votes.append(in_parts(binarise or _above_half, member))
+            del member  # before the next one is made: a field of a large volume takes much memory
+        if not self._votes:
             raise InputError("an ensemble without members cannot be fused: num_members must be at least 1.")
-        self.mean, mean_entropy = (total.div_(len(votes)) for total in sums)
+        self.mean, mean_entropy = (total.div_(len(self._votes)) for total in sums)
         self._information = in_parts(_largest_information, self.mean, mean_entropy)
-        del sums, mean_entropy  # a field of a large volume takes much memory
-        self.votes = torch.stack(votes)
+
+    @cached_property
+    def votes(self) -> Tensor:
+        """The members' masks, boolean (members, classes, *spatial), copied into one field on first use."""
+        votes = torch.stack(self._votes)
+        self._votes.clear()
+        return votes
 
     def fuse(self, fusion: str = "expected_dice") -> Tensor:
         """Fuse the members.

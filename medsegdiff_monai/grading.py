@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,7 @@ import torch
 from scipy.optimize import isotonic_regression, minimize
 from torch import Tensor
 
-from .fusion import mean_pairwise_dice
+from .fusion import CHUNK, mean_pairwise_dice
 from .networks.record import CALIBRATION_BINS, MAX_LOGIT, TrainingRecord, clipped_logit
 
 __all__ = [
@@ -192,6 +192,12 @@ class CaseFacts:
         return cls(*(torch.tensor(values, dtype=torch.float64) for values in json.loads(text)))
 
 
+def _mean(field: Tensor, function: Callable[[Tensor], Tensor] = torch.positive) -> Tensor:
+    """Mean of a function of the values of each channel, (channels,), float64, without a copy of the field."""
+    parts = field.flatten(1).split(CHUNK, 1)
+    return torch.stack([function(part.double()).sum(1) for part in parts]).sum(0) / field[0].numel()
+
+
 def measure(image: Tensor, spacing: Sequence[float], masks: Tensor) -> CaseFacts:
     """Measure a case on its own grid.
 
@@ -201,10 +207,10 @@ def measure(image: Tensor, spacing: Sequence[float], masks: Tensor) -> CaseFacts
         masks: {0, 1}, (classes, *spatial).
     """
     step = torch.as_tensor(list(spacing), dtype=torch.float64)
-    values = image.flatten(1).double()
+    mean = _mean(image)
     return CaseFacts(
         torch.tensor(image.shape[1:], dtype=torch.float64) * step,
-        torch.stack([values.mean(1), values.std(1, unbiased=False)]).cpu(),
+        torch.stack([mean, _mean(image, lambda part: (part - mean[:, None]).square()).sqrt()]).cpu(),
         masks.flatten(1).sum(1).cpu().double() * step.prod(),
     )
 

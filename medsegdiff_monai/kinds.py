@@ -26,8 +26,11 @@ CONSTANTS = {"true": True, "false": False, "null": None, "none": None}
 class _BareWords(ast.NodeTransformer):
     """Names as the text that they are, but for JSON's constants."""
 
-    def visit_Name(self, node: ast.Name) -> ast.Constant:
-        return ast.Constant(CONSTANTS.get(node.id, node.id))
+    def visit(self, node: ast.AST) -> ast.AST:
+        """Replace a name, or what is in another node."""
+        if isinstance(node, ast.Name):
+            return ast.Constant(CONSTANTS.get(node.id, node.id))
+        return self.generic_visit(node)
 
 
 def literal(value: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from itertools import chain, count
 from typing import Any
 
@@ -288,10 +288,8 @@ class FuseMembersd(MapTransform):
         return d
 
     def _fuse(self, data: dict[Hashable, Tensor], key: Hashable) -> dict[Hashable, Tensor]:
-        members = (self._member(data, key, member) for member in data[key].split(self.num_classes))
-        first = next(members)
-        plain = (m.as_tensor() if isinstance(m, MetaTensor) else m for m in chain([first], members))
-        summary = MemberSummary(plain, self.regions.binarise)
+        geometry: list[MetaTensor] = []
+        summary = MemberSummary(self._members(data, key, geometry), self.regions.binarise)
         _release(data[key])
         masks, mean = in_parts(self.regions.binarise, summary.fuse(self.fusion)), summary.mean
         calibrate = self.calibrate
@@ -304,8 +302,8 @@ class FuseMembersd(MapTransform):
             "uncertainty_entropy": largest_entropy(probability)[None],
             "uncertainty_mi": summary.mutual_information()[None],
         }
-        if isinstance(first, MetaTensor):
-            maps = {name: MetaTensor(value).copy_meta_from(first) for name, value in maps.items()}
+        if geometry:
+            maps = {name: MetaTensor(value).copy_meta_from(geometry[0]) for name, value in maps.items()}
         return {
             **maps,
             "member_masks": summary.votes,
@@ -313,10 +311,22 @@ class FuseMembersd(MapTransform):
             "pairwise_dice": summary.pairwise_dice(),
         }
 
-    def _member(self, data: dict[Hashable, Tensor], key: Hashable, member: Tensor) -> Tensor:
-        """A member's probabilities (classes, *spatial) on the grid of the input."""
-        if self.invert is not None:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "inverse has been called")  # where nothing was to be undone
-                member = self.invert({**data, key: member})[key]
-        return member.clamp(0, 1)  # interpolation may overshoot
+    def _members(self, data: dict[Hashable, Tensor], key: Hashable, geometry: list[MetaTensor]) -> Iterator[Tensor]:
+        """Yield each member's probabilities (classes, *spatial) on the grid of the input.
+
+        Args:
+            data: of the case.
+            key: of all members.
+            geometry: takes, without voxels, what the first member knows of its place.
+        """
+        for member in data[key].split(self.num_classes):
+            if self.invert is not None:
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", "inverse has been called")  # where nothing was to be undone
+                    member = self.invert({**data, key: member})[key]
+            if isinstance(member, MetaTensor):
+                if not geometry:
+                    geometry.append(MetaTensor(torch.empty(0)).copy_meta_from(member))
+                member = member.as_tensor()
+            # interpolation may overshoot; what it made is nobody else's, and a copy takes much memory
+            yield member.clamp(0, 1) if self.invert is None else member.clamp_(0, 1)

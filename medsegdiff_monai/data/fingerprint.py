@@ -84,7 +84,7 @@ def _agreement(maps: Sequence[np.ndarray]) -> float | None:
     if len(maps) < 2:
         return None
     scores = []
-    for value in sorted({value for one in maps for value in _voxels(one)}):
+    for value in sorted(set().union(*map(_voxels, maps))):
         masks = [one == value for one in maps]
         sizes = [np.count_nonzero(mask) for mask in masks]
         for i, j in combinations(range(len(maps)), 2):
