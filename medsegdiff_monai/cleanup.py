@@ -61,7 +61,7 @@ def _clean(mask: Tensor, largest_component: bool, least_voxels: float) -> Tensor
     stays = sizes >= least_voxels
     if largest_component and len(sizes) > 2:
         stays &= np.arange(len(sizes)) == 1 + sizes[1:].argmax()
-    return mask * torch.from_numpy(stays[components])
+    return mask * torch.from_numpy(np.stack([stays[plane] for plane in components]))
 
 
 class CleanUpd(MapTransform):

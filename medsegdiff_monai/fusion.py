@@ -221,8 +221,7 @@ class MemberSummary:
             del member  # before the next one is made: a field of a large volume takes much memory
         if not self._votes:
             raise InputError("an ensemble without members cannot be fused: num_members must be at least 1.")
-        self.mean, mean_entropy = (total.div_(len(self._votes)) for total in sums)
-        self._information = in_parts(_largest_information, self.mean, mean_entropy)
+        self.mean, self._mean_entropy = (total.div_(len(self._votes)) for total in sums)
 
     @cached_property
     def votes(self) -> Tensor:
@@ -230,6 +229,12 @@ class MemberSummary:
         votes = torch.stack(self._votes)
         self._votes.clear()
         return votes
+
+    @cached_property
+    def _information(self) -> Tensor:
+        information = in_parts(_largest_information, self.mean, self._mean_entropy)
+        del self._mean_entropy
+        return information
 
     def fuse(self, fusion: str = "expected_dice") -> Tensor:
         """Fuse the members.

@@ -16,6 +16,7 @@ from scipy.optimize import isotonic_regression, minimize
 from torch import Tensor
 
 from .fusion import CHUNK, mean_pairwise_dice
+from .metrics import mask_sizes
 from .networks.record import CALIBRATION_BINS, MAX_LOGIT, TrainingRecord, clipped_logit
 
 __all__ = [
@@ -211,7 +212,7 @@ def measure(image: Tensor, spacing: Sequence[float], masks: Tensor) -> CaseFacts
     return CaseFacts(
         torch.tensor(image.shape[1:], dtype=torch.float64) * step,
         torch.stack([mean, _mean(image, lambda part: (part - mean[:, None]).square()).sqrt()]).cpu(),
-        masks.flatten(1).sum(1).cpu().double() * step.prod(),
+        mask_sizes(masks[None])[0] * step.prod(),
     )
 
 

@@ -162,7 +162,7 @@ def cleanup_row(case: Case, before: Tensor | None = None, label: Tensor | None =
     """
     other = clean(case.mask, largest_component=True) if before is None else before
     voxels, dice = ("beside_largest", "largest_component") if before is None else ("removed", "uncleaned")
-    counts = (torch.as_tensor(other).cpu() != case.mask.cpu()).flatten(1).sum(1).tolist()
+    counts = mask_sizes((torch.as_tensor(other).cpu() != case.mask.cpu())[None])[0].long().tolist()
     row: Row = {f"{voxels}_voxels_{name}": count for name, count in zip(case.names, counts)}
     if label is not None:
         truth, mask = known_part(label, other)

@@ -291,6 +291,7 @@ class FuseMembersd(MapTransform):
         geometry: list[MetaTensor] = []
         summary = MemberSummary(self._members(data, key, geometry), self.regions.binarise)
         _release(data[key])
+        information = summary.mutual_information()
         masks, mean = in_parts(self.regions.binarise, summary.fuse(self.fusion)), summary.mean
         calibrate = self.calibrate
         probability = mean.clone() if calibrate is None else in_parts(lambda part: calibrate(part[None])[0], mean)
@@ -300,7 +301,7 @@ class FuseMembersd(MapTransform):
             "mean": mean,
             "prob": probability,
             "uncertainty_entropy": largest_entropy(probability)[None],
-            "uncertainty_mi": summary.mutual_information()[None],
+            "uncertainty_mi": information[None],
         }
         if geometry:
             maps = {name: MetaTensor(value).copy_meta_from(geometry[0]) for name, value in maps.items()}
