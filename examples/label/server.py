@@ -78,7 +78,14 @@ def server_environment(work: str | Path, origins: str = "") -> dict[str, str]:
     """
     given = dict(os.environ)
     # version 0.8.5 does not start where this is set
-    origins = " ".join([origins, *json.loads(given.pop("MONAI_LABEL_CORS_ORIGINS", "[]"))]).strip()
+    listed = given.pop("MONAI_LABEL_CORS_ORIGINS", "[]")
+    try:
+        more = json.loads(listed)
+    except json.JSONDecodeError:
+        more = None
+    if not isinstance(more, list):
+        raise InputError(f'MONAI_LABEL_CORS_ORIGINS={listed}: must be a list, such as ["https://viewer.example"].')
+    origins = " ".join([origins, *map(str, more)]).strip()
     for origin in origins.split():
         if not re.fullmatch(r"https?://[^/*]+", origin):
             raise InputError(f"origin {origin!r}: must be scheme and host, such as https://viewer.example:8443.")

@@ -53,6 +53,7 @@ class Archive:
 
     def __init__(self, instances: list[bytes]) -> None:
         self.instances = instances
+        self.refuses = False  # to store, in an answer that is none of an error
 
     def find(self, **wanted: str) -> list[tuple[pydicom.Dataset, bytes]]:
         read = [(pydicom.dcmread(BytesIO(i), stop_before_pixels=True), i) for i in self.instances]
@@ -85,6 +86,12 @@ def dicomweb(archive: Archive) -> Iterator[str]:
             archive.instances += [part.split(b"\r\n\r\n", 1)[1][:-2] for part in parts]
             stored = pydicom.dcmread(BytesIO(archive.instances[-1]), stop_before_pixels=True)
             answer = pydicom.Dataset()
+            if archive.refuses:
+                del archive.instances[-len(parts) :]
+                answer.FailedSOPSequence = [pydicom.Dataset()]
+                answer.FailedSOPSequence[0].FailureReason = 0xA700
+                return self.answer_json(answer)
+            answer.ReferencedSOPSequence = [pydicom.Dataset() for _ in parts]
             answer.RetrieveURL = f"/studies/{stored.StudyInstanceUID}/series/{stored.SeriesInstanceUID}"
             self.answer_json(answer)
 

@@ -20,7 +20,10 @@ OTHER = "https://viewer.example:8443"
     ("origins", "origin", "status", "allowed"),
     [
         ([OTHER], OTHER, 200, OTHER),
+        (["https://Viewer.example:8443"], OTHER, 200, OTHER),
+        (["https://viewer.example:443"], "https://viewer.example", 200, "https://viewer.example"),
         ([], OTHER, 403, None),
+        ([], "http://[::1", 403, None),
         ([OTHER], "https://elsewhere.example", 403, None),
         ([OTHER], "http://127.0.0.1", 200, None),  # the server's own page, of which a browser asks for no permission
     ],
@@ -49,6 +52,7 @@ def test_hosts_by_other_names_and_large_requests_are_refused():
         Starlette(routes=[Route("/info/", _says_ok, methods=["PUT"])], middleware=guarded([], 100)), OWN
     )
     assert client.put("/info/", headers={"Host": "rebound.example"}).status_code == 403
+    assert client.put("/info/", headers={"Host": "[::1"}).status_code == 403
     assert client.put("/info/", content=b"x" * 101).status_code == 413
     assert client.put("/info/", content=(b"x" * 60 for _ in range(2))).status_code == 413
     assert client.put("/info/", content=b"x" * 100).status_code == 200

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import shutil
 import threading
 from io import BytesIO
@@ -102,6 +103,44 @@ def test_shipped_classes_have_codes_of_snomed(legend, series, tmp_path):
         assert Code(kind.CodeValue, kind.CodingSchemeDesignator, kind.CodeMeaning) == codes.SCT.Hippocampus
         (found,) = kind.SegmentedPropertyTypeModifierCodeSequence
         assert Code(found.CodeValue, found.CodingSchemeDesignator, found.CodeMeaning) == modifier
+
+
+CODE = {"CodeValue": "1", "CodingSchemeDesignator": "99TEST", "CodeMeaning": "one"}
+TYPE = "SegmentedPropertyTypeCodeSequence"
+
+
+@pytest.mark.parametrize(
+    ("declared", "word"),
+    [
+        ([], "an object of coded terms"),
+        ({"anterior": None}, "an object of coded terms"),
+        ({"anteror": {TYPE: CODE}}, "'anteror', which is no class"),
+        ({"anterior": {"TypeCode": CODE}}, "'TypeCode': take"),
+        ({"anterior": {TYPE: [CODE]}}, "must have CodeValue"),
+        ({"anterior": {TYPE: {"CodeValue": "1"}}}, "must have CodeValue"),
+        ({"anterior": {TYPE: {**CODE, "CodeValue": ""}}}, "CodeValue=''"),
+        ({"anterior": {TYPE: {**CODE, "CodingSchemeDesignator": "é"}}}, "CodingSchemeDesignator='é'"),
+    ],
+)
+def test_codes_that_are_none_are_refused_at_the_start(declared, word, tmp_path):
+    (tmp_path / "configs").mkdir()
+    metadata = json.loads((ROOT / "bundle" / "configs" / "metadata.json").read_text())
+    (tmp_path / "configs" / "metadata.json").write_text(json.dumps({**metadata, "segment_codes": declared}))
+    with pytest.raises(InputError, match=re.escape(word)) as caught:
+        Legend(tmp_path)
+    assert "metadata.json" in str(caught.value)
+
+
+def test_slices_without_names_and_numbers_get_a_series_that_archives_take(legend, series, tmp_path):
+    folder, image = series
+    for file in folder.iterdir():
+        source = pydicom.dcmread(file)
+        del source.PatientName, source.StudyDate, source.InstanceNumber
+        source.save_as(tmp_path / file.name)
+    values = nib.load(image).get_fdata()
+    made = overlay_series(values, np.zeros(values.shape, np.float32), nib.load(image).affine, tmp_path, legend)
+    assert {str(one.PatientName) for one in made} == {""} and {one.StudyDate for one in made} == {""}
+    assert sorted(one.InstanceNumber for one in made) == list(range(1, len(made) + 1))
 
 
 def test_series_of_uncertainty_lies_on_its_series_and_is_no_study(legend, series, tmp_path):

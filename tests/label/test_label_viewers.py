@@ -110,6 +110,14 @@ def test_series_of_uncertainty_is_stored_beside_the_image_and_is_no_study(ohif, 
     assert stored.StudyInstanceUID == series.StudyInstanceUID
     assert len(archive.find(Modality="OT")) == len(archive.find(SeriesInstanceUID=series.SeriesInstanceUID))
     assert server.info()["datastore"]["total"] == 1
+    archive.refuses = True
+    refused = server.post(params={"uncertainty_series": True}, image=str(series.SeriesInstanceUID))
+    archive.refuses = False
+    assert refused.status_code == 409 and "0xa700" in refused.json()["detail"]
+    assert len(archive.series(Modality="OT")) == 1
+    elsewhere = {"result_extension": ".dcm", "dicom_series": str(tmp_path)}  # no folder that a client names is read
+    refused = server.post(params=elsewhere, image=str(series.SeriesInstanceUID))
+    assert refused.status_code == 400 and "output=dicom_seg" in refused.json()["detail"]
     nib.save(study, tmp_path / "study.nii.gz")
     for wrong, status in (({"uncertainty_series": True}, 409), ({"uncertainty_series": "perhaps"}, 400)):
         refused = server.post(params=wrong, file=tmp_path / "study.nii.gz")

@@ -18,8 +18,9 @@ from filelock import FileLock
 from monailabel.datastore.dicom import DICOMWebDatastore
 from monailabel.datastore.local import DataModel, ImageLabelModel, LocalDatastore
 from monailabel.datastore.utils.convert import binary_to_image, dicom_to_nifti
-from monailabel.datastore.utils.dicom import dicom_web_download_series, dicom_web_upload_dcm
+from monailabel.datastore.utils.dicom import dicom_web_download_series
 from monailabel.interfaces.datastore import DefaultLabelTag
+from pydicom import dcmread
 from pydicom.dataset import Dataset
 
 from medsegdiff_monai.data.reading import load_image
@@ -56,6 +57,18 @@ def dicom_series(image: str) -> str:
     if not folder.is_dir():
         raise Conflict("DICOM needs a DICOM series, and this image is none: take output=image, or an archive.")
     return str(folder)
+
+
+def _check_stored(answer: Dataset, number: int) -> None:
+    """See that an archive has taken what was sent: it may refuse files in an answer that is none of an error.
+
+    Raises:
+        Conflict: where it has not.
+    """
+    failed = answer.get("FailedSOPSequence") or []
+    if failed or len(answer.get("ReferencedSOPSequence") or []) < number:
+        reasons = sorted({hex(int(one.get("FailureReason") or 0)) for one in failed}) or ["it gave no reason"]
+        raise Conflict(f"the archive has not stored the series ({', '.join(reasons)}): see its log.")
 
 
 class Folder(LocalDatastore):
@@ -237,7 +250,9 @@ class Archive(Folder, DICOMWebDatastore):
 
     def list_images(self) -> list[str]:
         """The series that are offered, as the archive has them now."""
-        return [str(one.SeriesInstanceUID) for one in self._series(**self._search_filter)]
+        own = self.legend.map_description
+        found = self._series(**self._search_filter)
+        return [str(one.SeriesInstanceUID) for one in found if str(one.get("SeriesDescription", "")) != own]
 
     def labels(self) -> dict[str, Dataset]:
         """The header of the last label of each series, as the archive has them now."""
@@ -351,11 +366,13 @@ class Archive(Folder, DICOMWebDatastore):
             file = Path(folder, "label.dcm")
             series = Path(self._datastore.image_path(), image_id)
             write_dicom_seg(file, [(label, self.legend.classes)], affine, series, self.legend, automatic=False)
-            return {MADE_OF: dicom_web_upload_dcm(str(file), self._client), "Modality": "SEG"}
+            stored = dcmread(file)
+            _check_stored(self._client.store_instances([stored]), 1)
+            return {MADE_OF: str(stored.SeriesInstanceUID), "Modality": "SEG"}
 
     def add_series(self, instances: list[Dataset]) -> str:
         """Store a series in the archive; its name."""
-        self._client.store_instances(instances)
+        _check_stored(self._client.store_instances(instances), len(instances))
         return str(instances[0].SeriesInstanceUID)
 
     def get_label_uri(self, label_id: str, label_tag: str, image_id: str = "") -> str:

@@ -27,10 +27,11 @@ __all__ = ["overlay_series"]
 
 # of a slice of the series; where a viewer finds the patient, and the same place
 KEPT = (
-    "PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyInstanceUID", "StudyDate", "StudyTime",
-    "StudyID", "AccessionNumber", "ReferringPhysicianName", "FrameOfReferenceUID", "InstanceNumber", "Rows", "Columns",
-    "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SliceThickness",
+    "PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "StudyID",
+    "AccessionNumber", "ReferringPhysicianName", "StudyInstanceUID", "FrameOfReferenceUID", "Rows",
+    "Columns", "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SliceThickness",
 )  # fmt: skip
+MAY_BE_EMPTY = KEPT[:9]  # but must be there
 PLACE = ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing")
 
 
@@ -61,6 +62,7 @@ def overlay_series(
         source = pydicom.dcmread(file, stop_before_pixels=True)
         source.decode()  # the patient's name, in the series' own letters, before all is written in UTF-8
         made.append(_capture(source, own, legend))
+        made[-1].InstanceNumber = source.get("InstanceNumber") or len(made)
         made[-1].PixelData = pixels[_voxels(source, to_voxels, entropy.shape)].tobytes()
     return made
 
@@ -91,6 +93,8 @@ def _capture(source: pydicom.Dataset, series: str, legend: Legend) -> FileDatase
     for name in KEPT:
         if name in source:
             made[name] = source[name]
+        elif name in MAY_BE_EMPTY:
+            setattr(made, name, "")
     made.SOPClassUID, made.SOPInstanceUID = meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID
     made.SeriesInstanceUID, made.SeriesNumber = series, legend.series_number + 1
     made.SeriesDescription = legend.map_description

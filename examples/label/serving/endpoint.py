@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 PLACES = 8  # requests for inference that are taken at a time, the one that is computed among them
 LOOK_SECONDS = 0.25  # between two looks whether the client is still there
 CLIENT_CLOSED = 499  # nobody reads it
-KEPT = ("model", "image", "session", "label")  # of a request: options do not say what is segmented
+KEPT = ("model", "image", "session", "label", "dicom_series")  # options do not say what is read
 
 
 class Turns:

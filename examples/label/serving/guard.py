@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from fastapi import HTTPException
 from fastapi.responses import JSONResponse
@@ -27,6 +27,19 @@ def answer(status: int, text: str) -> JSONResponse:
     return JSONResponse({"detail": " ".join(text.split())}, status, {"Retry-After": "10"} if status == 503 else None)
 
 
+def _split(url: str) -> SplitResult:
+    try:
+        return urlsplit(url)
+    except ValueError:  # such as a bracket that is not closed
+        return SplitResult("", "", "", "", "")
+
+
+def as_sent(origin: str) -> str:
+    """An origin as browsers send it: in small letters, without the port that its scheme has by default."""
+    origin = origin.lower()
+    return origin.removesuffix({"https": ":443", "http": ":80"}.get(urlsplit(origin).scheme, " "))
+
+
 class Guard:
     """Refuses requests that someone else's web page makes, or that are too large; ties the viewer to this server.
 
@@ -40,7 +53,7 @@ class Guard:
     """
 
     def __init__(self, app: Any, origins: Sequence[str] = (), max_bytes: int = 2**30) -> None:
-        self.app, self.origins, self.max_bytes = app, list(origins), max_bytes
+        self.app, self.origins, self.max_bytes = app, list(map(as_sent, origins)), max_bytes
         self.hosts = {*HOSTS, *(urlsplit(origin).hostname for origin in origins)}
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -54,9 +67,9 @@ class Guard:
 
     def _refused(self, headers: dict[str, str]) -> JSONResponse | None:
         host, origin = headers.get("host", ""), headers.get("origin")
-        if urlsplit(f"//{host}").hostname not in self.hosts:
+        if _split(f"//{host}").hostname not in self.hosts:
             return answer(403, f"host {host!r} is not served: add its origin with --origins.")
-        if origin is not None and origin not in self.origins and urlsplit(origin).netloc != host:
+        if origin is not None and origin not in self.origins and _split(origin).netloc != host:
             return answer(403, f"pages of {origin!r} may not ask this server: add it with --origins.")
         length = headers.get("content-length", "0")
         if not length.isdigit() or int(length) > self.max_bytes:
@@ -98,5 +111,7 @@ def guarded(origins: Sequence[str], max_bytes: int) -> list[Middleware]:
         origins: of the other pages.
         max_bytes: of a request.
     """
-    shared = Middleware(CORSMiddleware, allow_origins=list(origins), allow_methods=["*"], allow_headers=["*"])
+    shared = Middleware(
+        CORSMiddleware, allow_origins=list(map(as_sent, origins)), allow_methods=["*"], allow_headers=["*"]
+    )
     return [Middleware(Guard, origins=origins, max_bytes=max_bytes), *([shared] if origins else [])]

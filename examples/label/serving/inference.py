@@ -151,7 +151,9 @@ class GradedInferTask(BundleInferTask):
                 ext, lambda file: write_seg_nrrd(file, self._layers(mask, votes, unsure), case.affine)
             ), data["result"]
         if ext == ".dcm":
-            folder = data["dicom_series"]
+            folder = data.get("dicom_series")
+            if not folder:
+                raise InputError("result_extension='.dcm': ask for output=dicom_seg instead.")
             return _temporary(ext, lambda file: write_dicom_seg(
                 file, self._layers(mask, votes, unsure), case.affine, folder, self.legend, automatic=True
             )), data["result"]  # fmt: skip

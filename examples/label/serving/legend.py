@@ -23,6 +23,7 @@ UNSURE = "{} - unsure"  # where formats allow overlap: wherever the members disa
 INSIDE = "{} - unsure, inside"  # of a single label map: what of it is in the mask, and counts as the class
 OUTSIDE = "{} - unsure, outside"  # of a single label map: what of it is not, and counts as background
 CATEGORY = {"CodeValue": "123037004", "CodingSchemeDesignator": "SCT", "CodeMeaning": "Anatomical Structure"}
+LETTERS = {"CodeValue": 16, "CodingSchemeDesignator": 16, "CodeMeaning": 64}  # that DICOM allows
 PRIVATE = "99MEDSEGDIFF"  # scheme of classes for which metadata declare no code; private ones begin with 99
 KEYS = ("SegmentedPropertyCategoryCodeSequence", "SegmentedPropertyTypeCodeSequence")
 MODIFIER = "SegmentedPropertyTypeModifierCodeSequence"  # which DICOM-SEG has within the type
@@ -53,6 +54,30 @@ def _mixed(colour: Sequence[int], other: int) -> tuple[int, int, int]:
     return red, green, blue
 
 
+def _codes(declared: Any, names: Sequence[str], file: Path) -> dict[str, dict[str, dict[str, str]]]:
+    """Codes of classes, as metadata declare them.
+
+    Raises:
+        InputError: for what is no code, or of no class.
+    """
+    if not isinstance(declared, dict) or not all(isinstance(codes, dict) for codes in declared.values()):
+        raise InputError(f"{file}: segment_codes must have an object of coded terms for each class.")
+    for name, codes in declared.items():
+        if name not in names:
+            raise InputError(f"{file}: segment_codes has {name!r}, which is no class: take {', '.join(names)}.")
+        for key, code in codes.items():
+            if key not in (*KEYS, MODIFIER):
+                raise InputError(f"{file}: segment_codes of {name!r} has {key!r}: take {', '.join((*KEYS, MODIFIER))}.")
+            if not isinstance(code, dict) or set(code) != set(LETTERS):
+                raise InputError(f"{file}: {key} of {name!r} must have {', '.join(LETTERS)}, and nothing else.")
+            for part, most in LETTERS.items():
+                value = code[part]
+                plain = part == "CodeMeaning" or (isinstance(value, str) and value.isascii())
+                if not (isinstance(value, str) and plain and 0 < len(value) <= most):
+                    raise InputError(f"{file}: {part}={value!r} of {name!r} must be text of 1 to {most} letters.")
+    return declared
+
+
 class Legend:
     """The segments of a bundle.
 
@@ -68,9 +93,9 @@ class Legend:
         file = self.bundle / "configs" / "metadata.json"
         metadata = json.loads(file.read_text(encoding="utf-8"))
         self.model, self.version = str(metadata.get("name", self.bundle.name)), str(metadata.get("version", "0"))
-        self._declared: Mapping[str, Any] = metadata.get("segment_codes", {})
         pred = next(iter(metadata["network_data_format"]["outputs"].values()))
         named = {int(value): name for value, name in pred.get("channel_def", {}).items() if int(value)}
+        self._declared = _codes(metadata.get("segment_codes", {}), list(named.values()), file)
         self.classes = [self._class(i, value, named[value]) for i, value in enumerate(sorted(named))]
         if not named or max(named) + 2 * len(named) > LARGEST:
             raise InputError(f"{file}: channel_def of the output must name the values of 1 to {LARGEST // 3} classes.")

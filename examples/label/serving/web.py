@@ -51,7 +51,10 @@ logger = logging.getLogger(__name__)
 ORIGINS = "MEDSEGDIFF_LABEL_ORIGINS"  # of web pages that may ask this server, with spaces between them
 STATUS = {
     MemoryError: (503, "there is not enough memory for it: close something else, or take a smaller image."),
-    requests.RequestException: (503, "the archive does not answer as it should: see that it runs, then try again."),
+    requests.RequestException: (
+        503,
+        "the archive does not answer as it should: see that it runs and takes such files, then try again.",
+    ),
     shutil.ReadError: (400, "the upload is no archive that can be unpacked, such as a zip."),
 }
 
