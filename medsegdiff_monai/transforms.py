@@ -19,6 +19,7 @@ from monai.transforms import (
     ScaleIntensityRange,
     Spacingd,
 )
+from monai.utils import fall_back_tuple
 from torch import Tensor
 
 from .errors import InputError
@@ -139,8 +140,13 @@ class RandCropByClassd(RandCropByLabelClassesd):
     def randomize(self, label: Tensor, indices: Any = None, image: Tensor | None = None) -> None:
         """Draw the centre; MONAI looks for every value up to the largest, so these are numbered without gaps.
 
-        What is ignored has a number of its own, which no centre is drawn from.
+        What is ignored has a number of its own, which no centre is drawn from. Where the patch is the whole image,
+        nothing is drawn, and no voxel looked at.
         """
+        size = label.shape[1:]
+        if fall_back_tuple(self.cropper.spatial_size, size) == tuple(size):
+            self.cropper.centers = (tuple(n // 2 for n in size),)
+            return
         plain, labels = torch.as_tensor(label), self.labels.to(label.device)
         numbers = torch.bucketize(plain, labels)
         numbers[~torch.isin(plain, labels.to(plain.dtype))] = len(labels)

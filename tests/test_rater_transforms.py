@@ -326,3 +326,13 @@ def test_training_and_evaluation_run_on_them(rated, bundle):
         "image_0": True, "image_3": False, "image_4": False, "image_5": True
     }  # fmt: skip
     assert all(row[name] for row in rows.values() for name in row if name.startswith("dice"))
+
+
+@pytest.mark.parametrize("shape", [(5, 6), (4, 6, 5)])
+def test_crop_as_large_as_the_image_is_the_image_and_looks_at_no_voxel(shape, monkeypatch):
+    crop = RandCropByClassd(["image", "label"], "label", list(shape), 1)
+    monkeypatch.setattr(torch, "bucketize", None)  # which numbers the voxels' classes
+    data = {"image": torch.rand(1, *shape), "label": (torch.rand(1, *shape) > 0.5).float()}
+    (found,) = crop(data)
+    for key, value in data.items():
+        torch.testing.assert_close(torch.as_tensor(found[key]), value, rtol=0, atol=0)
