@@ -14,14 +14,14 @@ import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import MapTransform
-from scipy import ndimage
 from torch import Tensor
 
 from .data.reading import image_spacing
 from .settings import as_bool
+from .structures import label_components
 from .transforms import Regions
 
-__all__ = ["BEFORE", "CleanUpd", "clean", "label_components"]
+__all__ = ["BEFORE", "CleanUpd", "clean"]
 
 BEFORE = "mask_before_cleanup"
 
@@ -38,22 +38,6 @@ def clean(masks: Tensor, largest_component: bool = False, least_voxels: float = 
         The same shape and type, on the CPU.
     """
     return torch.stack([_clean(mask.cpu(), largest_component, least_voxels) for mask in masks])
-
-
-def label_components(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Number the connected components (of 8 or 26 neighbours) of a mask.
-
-    Args:
-        mask: boolean (*spatial).
-
-    Returns:
-        The number of each voxel's component from 1, 0 in the background, int32 (*spatial); and how many voxels the
-        background and each component have, int64.
-    """
-    components, number = ndimage.label(mask, np.ones([3] * mask.ndim))
-    # plane by plane: NumPy counts in 64 bits, of which a large volume has no room for a copy
-    counts = [np.bincount(plane.ravel(), minlength=number + 1) for plane in components]
-    return components, np.sum(counts, axis=0)
 
 
 def _clean(mask: Tensor, largest_component: bool, least_voxels: float) -> Tensor:
