@@ -1,4 +1,4 @@
-"""The converters of dcmqi, and what they cannot write: names in any letters."""
+"""The converter of dcmqi, and what it cannot write: names in any letters."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from medsegdiff_monai.errors import InputError
 
 __all__ = ["as_itk", "convert", "edited"]
 
+TOOL = "itkimage2segimage"
 UTF_8 = "ISO_IR 192"
 TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
@@ -37,19 +38,19 @@ def as_itk(voxels: np.ndarray, affine: np.ndarray) -> sitk.Image:
     return image
 
 
-def convert(name: str, arguments: Sequence[str]) -> None:
-    """Run a converter.
+def convert(arguments: Sequence[str]) -> None:
+    """Run the converter.
 
     Raises:
         InputError: where it is missing, or refuses the series.
     """
-    tool = which(name, path=str(Path(sys.executable).parent)) or which(name)
+    tool = which(TOOL, path=str(Path(sys.executable).parent)) or which(TOOL)
     if tool is None:
-        raise InputError(f"{name} is not there: pip install dcmqi.")
+        raise InputError(f"{TOOL} is not there: pip install dcmqi.")
     done = subprocess.run([tool, *arguments], capture_output=True, text=True, errors="replace")
     if done.returncode:
         said = [line for line in (done.stderr + done.stdout).splitlines() if "ERROR:" in line.upper()]
-        raise InputError(f"the series cannot carry a result as DICOM ({(said or ['no reason given'])[-1][:200]}).")
+        raise InputError(f"the series cannot carry a DICOM-SEG ({(said or ['no reason given'])[-1][:200]}).")
 
 
 @contextmanager

@@ -57,7 +57,7 @@ def write_dicom_seg(
         meta = Path(folder, "meta.json")
         meta.write_text(json.dumps(_template([segments for _, segments in there], legend, automatic)))
         arguments = ["--inputImageList", ",".join(files), "--inputDICOMDirectory", str(series)]
-        convert("itkimage2segimage", [*arguments, "--outputDICOM", str(path), "--inputMetadata", str(meta), "--skip"])
+        convert([*arguments, "--outputDICOM", str(path), "--inputMetadata", str(meta), "--skip"])
     _name_segments(path, [one for _, segments in there for one in segments], legend, automatic)
 
 
