@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from .orthanc import chromium
 # drawn by the processor, where there is no graphics card; Chromium's sandbox refuses root, as whom CI runs
 ARGUMENTS = ["--no-sandbox", "--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"]
 PATIENCE = 180_000  # milliseconds: everything is drawn without a graphics card
+TURN = 3_000  # milliseconds between two looks
 
 
 class Reader:
@@ -42,6 +44,20 @@ class Reader:
         """Keep what is on the screen, and return its three planes alone."""
         self.page.screenshot(path=self.pictures / f"{name}.png")
         return self.page.screenshot(clip={"x": 285, "y": 50, "width": 1030, "height": 900})
+
+    def picture_when(self, name: str, shows: Callable[[bytes], bool], act: Callable[[], None] | None = None) -> bytes:
+        """The picture as soon as it shows something, or the last one when patience ends.
+
+        Nothing in the page tells when the planes are drawn, and a click before that is lost: ``act`` is repeated.
+        """
+        end = time.monotonic() + PATIENCE / 1000
+        while True:
+            if act is not None:
+                act()
+            self.page.wait_for_timeout(TURN)
+            picture = self.picture(name)
+            if shows(picture) or time.monotonic() > end:
+                return picture
 
     def list_studies(self) -> list[str]:
         """Names of the patients in the list."""
@@ -75,14 +91,12 @@ class Reader:
         self.page.get_by_role("button", name="Confirm", exact=True).click()
         self.page.get_by_title("Run Segmentation", exact=True).click()
         self.page.get_by_text("Running Segmentation - Successful").first.wait_for()
-        self.page.wait_for_timeout(3_000)
 
     def load_segmentation(self, name: str) -> list[str]:
         """Load a DICOM-SEG of the open study whose name matches; names of its segments."""
         self.page.get_by_text(re.compile(name)).first.dblclick()
         self.page.get_by_role("button", name="Yes", exact=True).click()
         expect(self.page.get_by_text("anterior", exact=True)).to_be_visible()
-        self.page.wait_for_timeout(5_000)
         return self.page.locator("[data-cy=data-row] span.text-base").all_inner_texts()
 
     def show_series(self, name: str, slices: int) -> None:
@@ -93,22 +107,17 @@ class Reader:
         for _ in range(slices):
             self.page.mouse.wheel(0, 100)
             self.page.wait_for_timeout(200)
-        self.page.wait_for_timeout(3_000)
 
     def jump_to(self, segment: str) -> None:
-        """Choose a segment, and show its middle; a click before the segmentation is drawn leaves the first slice."""
-        for _ in range(5):
-            self.page.locator("[data-cy=data-row]").filter(has_text=segment).click()
-            self.page.wait_for_timeout(3_000)
-            if not self.page.get_by_text("I: 1 (1/").count():
-                return
+        """Choose a segment, whose middle is shown then."""
+        self.page.locator("[data-cy=data-row]").filter(has_text=segment).click()
 
     def hide(self, segment: str) -> None:
-        """Close the eye beside a segment."""
+        """Close the eye beside a segment, if it is open."""
         row = self.page.locator("[data-cy=data-row]").filter(has_text=segment)
         row.hover()
-        row.get_by_role("button", name="Hide").click()
-        self.page.wait_for_timeout(3_000)
+        if row.get_by_role("button", name="Hide").count():
+            row.get_by_role("button", name="Hide").click()
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+from functools import partial
 from pathlib import Path
 
 import nibabel as nib
@@ -77,27 +78,35 @@ def test_a_study_from_the_list_to_the_next_one(server, archive, pictures):
         ohif.connect()
         before = colourful(ohif.picture("opened"))
         ohif.run(uncertainty=False)
-        masked = colourful(ohif.picture("mask"))
-        assert (masked > before + 200).all(), (before, masked)
+
+        def masked(seen: bytes) -> bool:
+            """In all three planes."""
+            return bool((colourful(seen) > before + 200).all())
+
+        assert masked(ohif.picture_when("mask", masked))
         ohif.run(uncertainty=True, uncertainty_series=True)
-        assert (colourful(ohif.picture("mask_with_uncertainty")) > before + 200).all()
+        assert masked(ohif.picture_when("mask_with_uncertainty", masked))
 
         seg = server.post(params={"num_members": 3, "uncertainty": True}, image=image, output="dicom_seg")
         assert seg.ok, seg.text
         assert requests.post(f"{archive}/instances", data=seg.content).ok
         assert server.info()["datastore"]["completed"] == 0  # what the model draws is nobody's label
         ohif.open(study, "segmentation")
+        plain = colourful(ohif.picture("segmentation")).sum()
         names = ["anterior", "posterior", "anterior - unsure", "posterior - unsure"]
         assert ohif.load_segmentation(r"^MedSegDiff") == names
-        ohif.jump_to("anterior - unsure")
-        shown = colourful(ohif.picture("dicom_seg")).sum()
-        ohif.hide("anterior - unsure")
-        assert colourful(ohif.picture("dicom_seg_without_unsure")).sum() < shown - 100
+        jump, hide = (partial(act, "anterior - unsure") for act in (ohif.jump_to, ohif.hide))
+        seen = ohif.picture_when("dicom_seg", lambda seen: colourful(seen).sum() > plain + 1000, jump)
+        shown = colourful(seen).sum()
+        assert shown > plain + 1000
+        seen = ohif.picture_when("dicom_seg_without_unsure", lambda seen: colourful(seen).sum() < shown - 100, hide)
+        assert plain + 1000 < colourful(seen).sum() < shown - 100  # the other segments stay
         drawn = requests.get(f"{archive}/dicom-web/series", params={"Modality": "OT"}).json()
         assert [one["0020000D"]["Value"] for one in drawn] == [[study]] and server.info()["datastore"]["total"] == 3
         ohif.open(study, "viewer")
         ohif.show_series("Uncertainty of", slices=18)
-        assert colourful(ohif.picture("series_of_uncertainty")).sum() > 200
+        seen = ohif.picture_when("series_of_uncertainty", lambda seen: colourful(seen).sum() > 200)
+        assert colourful(seen).sum() > 200
         assert ohif.foreign == [] and ohif.broken == []
 
 
