@@ -71,16 +71,19 @@ def raters_of(item: Mapping[str, Any], output: Mapping[str, Any]) -> Tensor | No
     return torch.as_tensor(np.asarray(raters.cpu())) > 0 if isinstance(raters, Tensor) else None
 
 
-def distinct_members(output: Mapping[str, Tensor], regions: Regions) -> dict[str, np.ndarray]:
-    """Label maps (1, *spatial) of the members to show, up to three that differ most; none of a single one.
+def distinct_members(output: Mapping[str, Tensor], regions: Regions) -> Iterator[tuple[str, np.ndarray]]:
+    """The members to show, up to three that differ most; none of a single one.
 
     Args:
         output: what :class:`medsegdiff_monai.transforms.FuseMembersd` returns.
         regions: what the channels of the masks are.
+
+    Yields:
+        What a member is called, and its label map (1, *spatial).
     """
     masks = output["member_masks"]
-    chosen = {f"member {i + 1} of {len(masks)}": masks[i] for i in most_different(masks)}
-    return {name: np.asarray(regions.label_map(mask).cpu()) for name, mask in chosen.items()}
+    for i in most_different(masks):
+        yield f"member {i + 1} of {len(masks)}", np.asarray(regions.label_map(masks[i]).cpu())
 
 
 @dataclass

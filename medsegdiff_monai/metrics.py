@@ -153,11 +153,14 @@ def common_voxels(a: Tensor, b: Tensor) -> Tensor:
     Returns:
         (m, n), float64, on the CPU.
     """
-    a, b = a.flatten(1), b.flatten(1).to(a.device)
+    parts = zip(a.flatten(1).split(PART, 1), b.flatten(1).to(a.device).split(PART, 1))
+    return torch.stack([_common_voxels(x, y) for x, y in parts]).sum(0)
+
+
+def _common_voxels(a: Tensor, b: Tensor) -> Tensor:
+    """The same of a part, (m, voxels) and (n, voxels), in which float32 counts exactly."""
     used = a.any(0) & b.any(0)  # most voxels are background: what follows is done without them
-    parts = zip(a[:, used].split(PART, 1), b[:, used].split(PART, 1))
-    counts = [(x.float() @ y.float().T).cpu().double() for x, y in parts]
-    return torch.stack(counts).sum(0)
+    return (a[:, used].float() @ b[:, used].float().T).cpu().double()
 
 
 def mask_sizes(masks: Tensor) -> Tensor:

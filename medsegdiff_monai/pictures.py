@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import nibabel as nib
 import numpy as np
@@ -84,7 +84,7 @@ def overlay_bytes(
     affine: np.ndarray,
     names: Mapping[int, str],
     title: str,
-    members: Mapping[str, np.ndarray] | None = None,
+    members: Iterable[tuple[str, np.ndarray]] = (),
     errors: np.ndarray | None = None,
 ) -> bytes:
     """Return a PNG with image, ground truth (if any), prediction, errors (if any) and uncertainty, and members below.
@@ -99,7 +99,7 @@ def overlay_bytes(
         affine: (4, 4); its voxel size sets the aspect ratio.
         names: of the values in a label map.
         title: of the picture.
-        members: label maps (1, *spatial) of single members to show, with what stands above each.
+        members: what stands above each member that is shown, and its label map (1, *spatial).
         errors: see :func:`error_map`.
     """
     dims = image.ndim - 1
@@ -122,7 +122,8 @@ def overlay_bytes(
     if errors is not None:
         panels["errors"] = blend(errors, wrong)
     panels["uncertainty (bits)"] = _slice(uncertainty, dims, index)[..., 0]
-    rows = [panels] + ([{name: blend(label) for name, label in members.items()}] if members else [])
+    below = {name: blend(label) for name, label in members}
+    rows = [panels, below] if below else [panels]
     upright = [{name: _upright(panel, affine) for name, panel in row.items()} for row in rows]
     legend = {name: colours[value] for value, name in names.items()}
     legend |= dict(zip(list(ERRORS)[: 2 + (len(names) > 1)], wrong[1:])) if errors is not None else {}

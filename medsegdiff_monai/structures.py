@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from scipy.spatial import ConvexHull, QhullError
 from scipy.spatial.distance import pdist
 from torch import Tensor
 
-from .fusion import binary_entropy
+from .fusion import binary_entropy, in_parts
 
 __all__ = ["COLUMNS", "label_components", "structures"]
 
@@ -22,7 +22,20 @@ COLUMNS = (
 )  # fmt: skip
 
 
-Region = tuple[np.ndarray, ...]  # a component's voxels, as an index of an array
+class Component(NamedTuple):
+    """A connected component.
+
+    Attributes:
+        box: its place in the field.
+        inside: its voxels, boolean, of the box.
+    """
+
+    box: tuple[slice, ...]
+    inside: np.ndarray
+
+    def meets(self, mask: np.ndarray) -> bool:
+        """Whether a mask, boolean (*spatial), has any of its voxels."""
+        return bool((mask[self.box] & self.inside).any())
 
 
 def structures(
@@ -48,36 +61,45 @@ def structures(
     rows = []
     for k, name in enumerate(names):
         mask, members, likely = (np.asarray(x.cpu()) for x in (masks[k] > 0, member_masks[:, k], probability[k]))
-        missed = (region for region in _components(members.any(0) | mask) if not mask[region].any())
-        for kind, regions in (("in the mask", _components(mask)), ("possible miss", missed)):
-            for number, region in enumerate(regions, start=1):
-                found = {**_measured(region, affine, unit), **_said(region, members, likely)}
+        missed = (found for found in _components(members.any(0) | mask) if not found.meets(mask))
+        for kind, components in (("in the mask", _components(mask)), ("possible miss", missed)):
+            for number, component in enumerate(components, start=1):
+                found = {**_measured(component, affine, unit), **_said(component, members, likely)}
                 rows.append({"class": name, "structure": number, "kind": kind, **found})
     return rows
 
 
-def _measured(region: Region, affine: np.ndarray, unit: str) -> dict[str, Any]:
-    centre = np.mean(region, axis=1)
-    dims = len(centre)
+def _measured(component: Component, affine: np.ndarray, unit: str) -> dict[str, Any]:
+    box, inside = component
+    dims, count = inside.ndim, int(inside.sum())
+    along = [inside.sum(tuple(other for other in range(dims) if other != axis)) for axis in range(dims)]
+    centre = [part.start + float(n @ np.arange(len(n))) / count for part, n in zip(box, along)]
     place = affine @ np.array([*centre, *[0.0] * (3 - dims), 1.0])
     steps = affine[:3, :dims]
     size = np.linalg.norm(steps, axis=0).prod() if unit == "mm" else 1.0
     return {
-        "voxels": (count := len(region[0])),
+        "voxels": count,
         "size": round(float(count * size), 3),
         "unit": unit,
-        "largest_diameter": round(_diameter(np.transpose(region) @ steps.T), 2) if count > 1 else 0.0,
+        "largest_diameter": round(_diameter(_ends(inside) @ steps.T), 2) if count > 1 else 0.0,
         "centre_voxel": " ".join(f"{x:.1f}" for x in centre),
         "centre_mm": " ".join(f"{x:.1f}" for x in place[:3]) if unit == "mm" else "",
     }
 
 
-def _said(region: Region, members: np.ndarray, probability: np.ndarray) -> dict[str, float]:
-    inside = torch.from_numpy(probability[region]).float()
+def _ends(inside: np.ndarray) -> np.ndarray:
+    """First and last voxels of all lines along the last axis, (n, axes): the two farthest apart are among them."""
+    lines = np.nonzero(inside.any(-1))
+    first, last = inside.argmax(-1)[lines], inside.shape[-1] - 1 - inside[..., ::-1].argmax(-1)[lines]
+    return np.concatenate([np.stack([*lines, ends], axis=1) for ends in (first, last)])
+
+
+def _said(component: Component, members: np.ndarray, probability: np.ndarray) -> dict[str, float]:
+    likely = torch.from_numpy(probability[component.box][component.inside]).float()
     return {
-        "mean_probability": round(float(inside.mean()), 4),
-        "share_of_members": round(float(np.mean([member[region].any() for member in members])), 4),
-        "mean_entropy_bits": round(float(binary_entropy(inside).mean()), 4),
+        "mean_probability": round(float(likely.mean()), 4),
+        "share_of_members": round(float(np.mean([component.meets(member) for member in members])), 4),
+        "mean_entropy_bits": round(float(in_parts(binary_entropy, likely[None]).mean()), 4),
     }
 
 
@@ -97,18 +119,16 @@ def label_components(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return components, np.sum(counts, axis=0)
 
 
-def _components(mask: np.ndarray) -> Iterator[Region]:
-    """The components of a mask, the largest first; one at a time, since an index takes 24 bytes for each voxel."""
+def _components(mask: np.ndarray) -> Iterator[Component]:
+    """The components of a mask, the largest first."""
     components, sizes = label_components(mask)
     boxes = ndimage.find_objects(components)
     for number in np.argsort(-sizes[1:], kind="stable"):
-        box = boxes[number]
-        inside = np.nonzero(components[box] == number + 1)
-        yield tuple(axis + part.start for axis, part in zip(inside, box))
+        yield Component(boxes[number], components[boxes[number]] == number + 1)
 
 
 def _diameter(points: np.ndarray) -> float:
-    """Largest distance between two of the points (n, 3)."""
+    """Largest distance between two of the points (n, 3), of which some may be equal."""
     spread = points - points.mean(0)
     axes = np.linalg.svd(spread.T @ spread)[0]
     flat = spread @ axes  # principal axes first: what lies in a plane or on a line has no hull in space

@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 from monai.config import KeysCollection
-from monai.data import MetaTensor
+from monai.data import MetaTensor, get_track_meta, set_track_meta
 from monai.transforms import (
     ClipIntensityPercentiles,
     Compose,
     MapTransform,
     NormalizeIntensity,
     RandCropByLabelClassesd,
+    RandomizableTrait,
     ScaleIntensityRange,
     Spacingd,
 )
@@ -26,7 +27,10 @@ from .errors import InputError
 from .fusion import MemberSummary, check_fusion, in_parts, largest_entropy
 from .windows import LARGE
 
-__all__ = ["FuseMembersd", "LabelsToRegionsd", "NormalizeImaged", "RandCropByClassd", "Regions", "ToSpacingd"]
+__all__ = [
+    "AugmentingCompose", "FuseMembersd", "LabelsToRegionsd", "NormalizeImaged", "RandCropByClassd", "Regions",
+    "ToSpacingd",
+]  # fmt: skip
 
 
 class Regions:
@@ -110,6 +114,32 @@ class Regions:
         for value, mask in zip(self.written, masks):
             label[0][mask > 0] = value
         return label
+
+
+class AugmentingCompose(Compose):
+    """MONAI's ``Compose`` that forgets the metadata of its items before the first random transform.
+
+    Training has no use for them then, and on small images MONAI's transforms take longer to note what they do than to
+    do it. Items stay as they are where there is no random transform.
+    """
+
+    def __call__(
+        self, input_: Any, start: int = 0, end: int | None = None, threading: bool = False, lazy: bool | None = None
+    ) -> Any:
+        """Transform items from one transform on up to another; see MONAI's ``Compose``."""
+        stop = len(self.transforms) if end is None else end
+        first = self.get_index_of_first(lambda transform: isinstance(transform, RandomizableTrait))
+        if first is None or start < first:
+            input_ = super().__call__(input_, start, stop if first is None else min(stop, first), threading, lazy)
+        if first is None or stop < first:
+            return input_
+        plain = {key: x.as_tensor() if isinstance(x, MetaTensor) else x for key, x in input_.items()}
+        tracked = get_track_meta()
+        set_track_meta(False)
+        try:
+            return super().__call__(plain, max(start, first), stop, threading, lazy)
+        finally:
+            set_track_meta(tracked)
 
 
 class RandCropByClassd(RandCropByLabelClassesd):

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from monai.bundle import ConfigParser
-from monai.data import MetaTensor
-from monai.transforms import Compose
+from monai.data import CacheDataset, MetaTensor, get_track_meta
+from monai.transforms import Compose, RandAffined, RandFlipd, RandLambdad, ScaleIntensityd
+
+from medsegdiff_monai.transforms import AugmentingCompose
 
 from .conftest import CONFIGS
 
@@ -55,3 +57,39 @@ def test_patches_are_centred_on_every_class_alike():
     found = [crop({"image": image, "label": label})[0]["label"] for _ in range(300)]
     assert all(patch.shape == (1, 8, 8, 8) for patch in found)
     assert sum(bool((patch == 2035).any()) for patch in found) / 300 == pytest.approx(1 / 3, abs=0.08)
+
+
+def random_transforms() -> list:
+    keys = ["image", "label"]
+    return [
+        ScaleIntensityd("image"),
+        RandFlipd(keys, prob=0.5, spatial_axis=0),
+        RandAffined(keys, prob=0.8, rotate_range=0.3, mode=["bilinear", "nearest"], padding_mode="border"),
+    ]
+
+
+def test_training_augments_as_compose_does_and_keeps_no_metadata():
+    item = {key: MetaTensor(torch.rand(1, 9, 8)) for key in ("image", "label")}
+    compose, ours = Compose(random_transforms()), AugmentingCompose(random_transforms())
+    for seed in range(5):
+        expected, found = (t.set_random_state(seed)(dict(item)) for t in (compose, ours))
+        for key in item:
+            assert type(found[key]) is torch.Tensor
+            assert torch.equal(found[key], expected[key].as_tensor())
+    cached = CacheDataset([item], ours, progress=False)
+    assert type(cached._cache[0]["image"]) is torch.Tensor and type(cached[0]["image"]) is torch.Tensor
+    assert get_track_meta()
+
+
+def test_metadata_are_tracked_again_after_a_transform_fails():
+    def fail(image):
+        raise ValueError("no")
+
+    with pytest.raises(RuntimeError):
+        AugmentingCompose([RandLambdad("image", fail)])({"image": MetaTensor(torch.rand(1, 4, 4))})
+    assert get_track_meta()
+
+
+def test_items_without_random_transforms_stay_as_they_are():
+    item = {"image": MetaTensor(torch.rand(1, 4, 4))}
+    assert isinstance(AugmentingCompose([ScaleIntensityd("image")])(item)["image"], MetaTensor)

@@ -48,7 +48,7 @@ def drawn(monkeypatch):
 def picture(names, mask, label):
     none = np.zeros((1, 6, 5))
     maps = [x.numpy().astype(np.uint8) for x in (mask, label)]
-    return overlay_bytes(none, maps[0], none, maps[1], np.eye(4), names, "case", None, error_map(mask, label))
+    return overlay_bytes(none, maps[0], none, maps[1], np.eye(4), names, "case", (), error_map(mask, label))
 
 
 def test_each_kind_of_error_has_its_colour_in_picture_and_legend(drawn):

@@ -423,9 +423,10 @@ def test_members_are_below_the_other_panels(monkeypatch):
     first = ["image", "prediction", "uncertainty (bits)"]
     assert panels(monkeypatch) == first
     assert panels(monkeypatch, truth=label) == ["image", "ground truth", *first[1:]]
-    members = {"member 2 of 5": label, "member 4 of 5": label}
-    assert panels(monkeypatch, members=members) == [*first, *members]
-    assert panels(monkeypatch, truth=label, members=members)[-2:] == [*members]
+    names = ["member 2 of 5", "member 4 of 5"]
+    members = [(name, label) for name in names]
+    assert panels(monkeypatch, members=members) == [*first, *names]
+    assert panels(monkeypatch, truth=label, members=members)[-2:] == names
 
 
 @pytest.mark.parametrize("number, shown", [(1, []), (2, [1, 2]), (5, [1, 2, 4])])
@@ -438,9 +439,12 @@ def test_the_picture_of_a_case_has_the_members_that_differ_most(number, shown, t
     if number > 3:
         masks[3, :, :2] = False
     given = {}
-    monkeypatch.setattr(
-        "medsegdiff_monai.cases.overlay_bytes", lambda *args: given.update(args[7]) or overlay_bytes(*args)
-    )
+
+    def draw(*args):
+        given.update(args[7])
+        return overlay_bytes(*args[:7], given.items(), *args[8:])
+
+    monkeypatch.setattr("medsegdiff_monai.cases.overlay_bytes", draw)
     write(tmp_path, (item, {**output, "member_masks": masks}), outputs=list(OUTPUTS))
     assert list(given) == [f"member {i} of {number}" for i in shown]
     assert all(np.array_equal(given[f"member {i} of {number}"][0], masks[i - 1, 0].numpy()) for i in shown)

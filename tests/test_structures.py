@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import torch
 
@@ -56,3 +58,15 @@ def test_the_diameter_is_that_of_all_pairs() -> None:
     farthest = np.linalg.norm(points[:, None] - points[None], axis=-1).max()
     assert row["voxels"] == len(points)
     assert row["largest_diameter"] == round(float(farthest), 2)
+
+
+def test_a_mask_that_fills_the_field_takes_little_memory() -> None:
+    full = torch.ones(1, 100, 200, 100)
+    tracemalloc.start()
+    (row,) = structures(["a"], full, full[None] > 0, full, np.eye(4))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert row["voxels"] == full.numel()
+    assert row["centre_voxel"] == "49.5 99.5 49.5"
+    assert row["largest_diameter"] == round(float(np.linalg.norm([99, 199, 99])), 2)
+    assert peak < 16 * full.numel()
