@@ -358,12 +358,24 @@ class FuseMembersd(MapTransform):
         """
         for member in data[key].split(self.num_classes):
             if self.invert is not None:
-                with warnings.catch_warnings():
-                    warnings.filterwarnings("ignore", "inverse has been called")  # where nothing was to be undone
-                    member = self.invert({**data, key: member})[key]
+                member = _inverted(self.invert, data, key, member)
             if isinstance(member, MetaTensor):
                 if not geometry:
                     geometry.append(MetaTensor(torch.empty(0)).copy_meta_from(member))
                 member = member.as_tensor()
             # interpolation may overshoot; what it made is nobody else's, and a copy takes much memory
             yield member.clamp(0, 1) if self.invert is None else member.clamp_(0, 1)
+
+
+def _inverted(invert: Callable[[dict], dict], data: dict[Hashable, Tensor], key: Hashable, member: Tensor) -> Tensor:
+    """A member on the grid of the input; of a large volume class by class, since memory is short of copies of all."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "inverse has been called")  # where nothing was to be undone
+        if data[key].numel() <= LARGE:
+            return invert({**data, key: member})[key]
+        for k, one in enumerate(member.split(1)):
+            found = invert({**data, key: one})[key]
+            if k == 0:
+                whole = found.new_empty((len(member), *found.shape[1:]), dtype=member.dtype)
+            whole[k] = found[0]
+    return whole

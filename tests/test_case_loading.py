@@ -8,10 +8,12 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from monai.bundle import ConfigParser
 
+from medsegdiff_monai.cases import read_source
 from medsegdiff_monai.data import CaseDataset, CaseList, CaseLoader, DataSpec, FileReader, inference_items
 from medsegdiff_monai.data.inference import _one_ahead
 from medsegdiff_monai.errors import InputError
@@ -178,6 +180,17 @@ def test_the_image_in_its_own_grid_comes_along_unchanged(volumes):
     torch.testing.assert_close(dataset[0]["source"][0].numpy(), image.get_fdata(dtype="float32"))
     assert abs(dataset[0]["source"].affine.numpy() - image.affine).max() < 1e-5
     assert dataset[0]["image"].shape != dataset[0]["source"].shape
+
+
+def test_a_large_image_is_read_again_for_its_results(volumes, monkeypatch):
+    items = CaseList([{"image": str(volumes / "image_0.nii.gz"), "case": "c"}])
+    dataset = CaseDataset(items, preprocessing(spacing=[2.0, 2.0, 2.0]), DataSpec(3, 1, 2))
+    kept = dataset[0]
+    monkeypatch.setattr("medsegdiff_monai.data.inference.LARGE", kept["source"].numel() - 1)
+    large = dataset[0]
+    assert "source" not in large and torch.equal(large["image"], kept["image"])
+    for one, other in zip(read_source(large), read_source(kept)):
+        assert one == other if isinstance(one, str) else (np.asarray(one) == np.asarray(other)).all()
 
 
 def test_a_link_names_its_case_and_not_what_it_leads_to(pictures, tmp_path):

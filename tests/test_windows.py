@@ -78,6 +78,22 @@ def test_members_of_a_large_image_take_half_the_memory(monkeypatch):
     )
 
 
+def test_members_of_a_large_image_are_inverted_class_by_class(monkeypatch):
+    members, seen = torch.rand(6, 9, 8), []
+
+    def invert(data):
+        seen.append(tuple(data["pred"].shape))
+        return {**data, "pred": data["pred"].float().flip(-1)}
+
+    fuse = transforms.FuseMembersd("pred", num_classes=2, invert=invert)
+    whole = fuse({"pred": members.clone()})
+    assert seen == [(2, 9, 8)] * 3
+    monkeypatch.setattr(transforms, "LARGE", members.numel() - 1)
+    half = fuse({"pred": members.half()})
+    assert seen[3:] == [(1, 9, 8)] * 6
+    torch.testing.assert_close(half["mean"], whole["mean"], atol=1e-3, rtol=0)
+
+
 def test_classes_are_matched_together():
     """A label map of several classes is one opinion: a member keeps its classes."""
 

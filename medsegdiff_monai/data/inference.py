@@ -34,6 +34,8 @@ __all__ = ["CaseDataset", "CaseList", "CaseLoader", "inference_items"]
 
 logger = logging.getLogger(__name__)
 
+LARGE = 2**24  # values of an image that is read again for its results, where memory is short
+
 
 class CaseList(list):
     """A data list that remembers which cases were left out, and why.
@@ -70,8 +72,9 @@ class CaseList(list):
 class CaseDataset(Dataset):
     """Cases that are read, once, and checked when they are asked for.
 
-    An item has, besides what ``transform`` makes, ``source``, the image (channels, *spatial) in its own grid, and
-    ``made_from``, what :class:`medsegdiff_monai.results.CaseWriter` notes of it.
+    An item has, besides what ``transform`` makes, ``source``, the image (channels, *spatial) in its own grid, unless
+    that has more than ``LARGE`` values, and ``made_from``, what :class:`medsegdiff_monai.results.CaseWriter` notes of
+    it.
 
     Args:
         data: data list.
@@ -100,8 +103,10 @@ class CaseDataset(Dataset):
             faults = image_faults(loaded["image"], name, self.spec)
             if faults:
                 raise InputError("\n  ".join(faults))
-            source = loaded["image"].clone()  # normalisation may work in place
-            return {**transform(loaded, start=2), "source": source, "made_from": json.dumps(made_from)}
+            noted = {"made_from": json.dumps(made_from)}
+            if loaded["image"].numel() <= LARGE:
+                noted["source"] = loaded["image"].clone()  # normalisation may work in place
+            return {**transform(loaded, start=2), **noted}
 
 
 class _Attempts(torch.utils.data.Dataset):
