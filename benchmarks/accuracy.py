@@ -59,6 +59,7 @@ METHODS: dict[str, tuple[Callable[[ConfigParser], Peer], str | Mapping[str, Any]
     "+ dynamic conditioning": (ours, "without_ff_parser"),
     "+ FF-Parser": (ours, None),
     "mask objective": (ours, {"objective": "mask"}),  # Dice + BCE of single masks
+    "trained in bfloat16": (ours, {"train#inferer#amp": True}),
 }
 SMALL = {"roi_size": [64, 64], "channels": [16, 32, 64, 96]}
 SETS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -38,6 +38,7 @@ PAGE = ROOT / "benchmarks" / "results" / "profile.md"
 FLOOR = "import torch, monai"
 MODULE = [sys.executable, "-m", "medsegdiff_monai"]
 SHOWN = 12  # rows of a table
+CROP, VOLUME = (36, 50, 40), (128, 128, 75)  # of a hippocampus; and what takes many windows
 
 
 def commands(image: Path, output: Path) -> dict[str, list[str]]:
@@ -50,10 +51,10 @@ def commands(image: Path, output: Path) -> dict[str, list[str]]:
     }
 
 
-def write_image(folder: Path) -> Path:
-    """Noise of the size of a hippocampus crop."""
+def write_image(folder: Path, shape: Sequence[int] = CROP) -> Path:
+    """Noise."""
     path = folder / "scan.nii.gz"
-    nib.save(nib.Nifti1Image(np.random.default_rng(0).normal(size=(36, 50, 40)).astype(np.float32), np.eye(4)), path)
+    nib.save(nib.Nifti1Image(np.random.default_rng(0).normal(size=shape).astype(np.float32), np.eye(4)), path)
     return path
 
 
@@ -108,13 +109,13 @@ def imports(cache: Path) -> Counter[str]:
         return import_times(run(words, ROOT, PYTHONPYCACHEPREFIX=str(cache))[1], known)
 
 
-def functions() -> dict[str, float]:
-    """CPU seconds of the package's functions, with what they call, while ``segment`` runs."""
+def functions(shape: Sequence[int]) -> dict[str, float]:
+    """CPU seconds of the package's functions, with what they call, while ``segment`` segments an image."""
     from medsegdiff_monai.__main__ import segment
 
     profiler = cProfile.Profile(time.process_time)
     with tempfile.TemporaryDirectory() as folder:
-        image = write_image(Path(folder))
+        image = write_image(Path(folder), shape)
         profiler.runcall(segment, str(image), output_dir=f"{folder}/out", bundle_root=str(ROOT / "bundle"))
     found: dict[str, float] = {}
     stats: Mapping[tuple[str, int, str], tuple] = pstats.Stats(profiler).stats  # type: ignore[attr-defined]
@@ -146,6 +147,16 @@ def table(heads: Sequence[str], rows: Mapping[str, Sequence[str]]) -> list[str]:
     return [*lines, *(f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items()), ""]
 
 
+def functions_table(shape: Sequence[int]) -> list[str]:
+    """Lines of a table of Markdown, and what it is of."""
+    size = " × ".join(map(str, shape))
+    head = (
+        f"Functions of the package while `segment` segments {size} voxels, with what they call (cProfile, which slows"
+    )
+    rows = {name: [f"{seconds:.2f}"] for name, seconds in functions(shape).items()}
+    return [f"{head} Python down):", "", *table(["function", "CPU s"], rows)]
+
+
 def main() -> None:
     """Measure, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -173,9 +184,7 @@ def main() -> None:
         "What `segment` imports besides torch and MONAI, by package (`-X importtime`):",
         "",
         *table(["package", "ms"], {name: [f"{ms:.0f}"] for name, ms in packages}),
-        "Functions of the package while `segment` runs, with what they call (cProfile, which slows Python down):",
-        "",
-        *table(["function", "CPU s"], {name: [f"{seconds:.2f}"] for name, seconds in functions().items()}),
+        *(line for shape in (CROP, VOLUME) for line in functions_table(shape)),
         "Operators in one window of five members (torch profiler):",
         "",
         *table(["operator", "share"], {name: [f"{share:.0%}"] for name, share in operators().items()}),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .panels import draw_panels
 
-__all__ = ["error_map", "grey", "overlay_bytes", "palette_png_bytes"]
+__all__ = ["error_map", "grey", "grey_window", "overlay_bytes", "palette_png_bytes"]
 
 COLOURS = np.array(
     [(0, 0, 0), (230, 75, 53), (77, 187, 213), (243, 200, 60), (0, 160, 135), (132, 100, 190), (240, 130, 180)],
@@ -54,10 +54,21 @@ def _slice(volume: np.ndarray, spatial_dims: int, index: int) -> np.ndarray:
     return np.moveaxis(plane, 0, -1)
 
 
-def grey(image: np.ndarray) -> np.ndarray:
-    """Scale (x, y, channels) to RGB in [0, 1]: three channels as colours, else the first one as grey."""
-    image = image if image.shape[-1] == 3 else np.repeat(image[..., :1], 3, axis=-1)
+def grey_window(image: np.ndarray) -> tuple[float, float]:
+    """Values of an image that are shown as black and white."""
     low, high = np.percentile(image, (0.5, 99.5))
+    return float(low), float(high)
+
+
+def grey(image: np.ndarray, window: tuple[float, float] | None = None) -> np.ndarray:
+    """Scale (x, y, channels) to RGB in [0, 1]: three channels as colours, else the first one as grey.
+
+    Args:
+        image: the plane.
+        window: values that are black and white, by default :func:`grey_window` of the plane.
+    """
+    image = image if image.shape[-1] == 3 else np.repeat(image[..., :1], 3, axis=-1)
+    low, high = window or grey_window(image)
     return np.clip((image - low) / max(high - low, 1e-6), 0, 1)
 
 

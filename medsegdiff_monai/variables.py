@@ -192,7 +192,12 @@ _DECLARED = [
     ),
     Variable("seed", Whole(0, 2**32 - 1), "seed of noise, augmentation and random splits"),
     # running
-    Variable("amp", Choice(False, True, "bfloat16", "float16"), "autocast; true: bfloat16"),
+    Variable(
+        "amp",
+        Choice(False, True, "bfloat16", "float16"),
+        "autocast; true: bfloat16",
+        default="`false`; training on a CPU that computes in bfloat16: `true`",
+    ),
     Variable(
         "outputs",
         ListOf(Choice("seg", "prob", "uncertainty", "members", "overlay"), 1, 5),

@@ -552,7 +552,7 @@ def test_profile_counts_imports_by_package_and_compares_versions(tmp_path, monke
         return seconds[profile.FLOOR] if words[-1] == profile.FLOOR else seconds["--help"] * slower, REPORT
 
     monkeypatch.setattr(profile, "run", run)
-    monkeypatch.setattr(profile, "functions", lambda: {"cases.picture": 0.25})
+    monkeypatch.setattr(profile, "functions", lambda shape: {"cases.picture": 0.25})
     monkeypatch.setattr(profile, "operators", lambda: {"aten::convolution": 0.5})
     call(monkeypatch, profile, "--before", tmp_path, "--rounds", 2, "--output", tmp_path / "page.md")
     text = (tmp_path / "page.md").read_text()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from ignite.engine import Engine
+from monai.bundle import ConfigParser
 from monai.engines import IterationEvents, SupervisedTrainer
 from torch.amp import GradScaler
 
@@ -16,7 +17,7 @@ from medsegdiff_monai.objective import DiffusionTrainingInferer, mask_loss
 from medsegdiff_monai.schedulers import DDIMScheduler
 from medsegdiff_monai.settings import amp_dtype
 
-from .conftest import PICTURE_SETTINGS
+from .conftest import CONFIGS, PICTURE_SETTINGS
 from .test_bad_input import message
 
 
@@ -163,3 +164,21 @@ def test_float16_trains_with_a_scaler_that_a_checkpoint_keeps(bundle, pictures, 
     assert first["_growth_tracker"] + 1 == second["_growth_tracker"] and first["scale"] == second["scale"]
     bundle("train", **{**settings, "amp": "bfloat16", "max_epochs": 3}, resume="true")
     assert "scaler" not in torch.load(tmp_path / "models" / "checkpoint_epoch=3.pt", weights_only=True)
+
+
+@pytest.mark.parametrize(
+    ("found", "native"),
+    [({"avx512_bf16": True}, True), ({"avx512_f": True, "avx512_bf16": False}, False), (None, False)],
+)
+def test_training_is_in_bfloat16_where_the_cpu_computes_in_it(found, native, monkeypatch, caplog):
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)  # as in PyTorch 2.8
+    if found is not None:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found, raising=False)
+    parser = ConfigParser()
+    parser.read_config(str(CONFIGS / "train.json"))
+    with caplog.at_level("INFO"):
+        for device, expected in (("cpu", native), ("cuda", False)):
+            parser.update({"bundle_root": "", "device": device})
+            parser.parse(True)
+            assert parser.get_parsed_content("amp") is expected
+    assert len(caplog.messages) == native and all("--amp false" in message for message in caplog.messages)

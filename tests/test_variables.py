@@ -75,7 +75,8 @@ def test_the_other_parts_of_the_configs_are_known_by_name():
 
 def test_a_default_is_the_same_in_every_config_and_what_an_expression_comes_to_is_said():
     for variable in VARIABLES.values():
-        given = [content(name)[variable.name] for name in variable.configs]
+        configs = set(variable.configs) - ({"train"} if variable.name == "amp" else set())  # which depends on the CPU
+        given = [content(name)[variable.name] for name in sorted(configs)]
         computed = [isinstance(value, str) and value.startswith("$") for value in given]
         assert (
             all(computed) == any(computed) and bool(variable.default or "gpu" in str(variable.configs)) >= computed[0]

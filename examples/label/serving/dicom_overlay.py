@@ -17,7 +17,7 @@ from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage, generate_uid
 
 from medsegdiff_monai.panels import COLOUR_MAP
-from medsegdiff_monai.pictures import grey
+from medsegdiff_monai.pictures import grey, grey_window
 
 from .converter import TO_LPS, UTF_8
 from .legend import Legend
@@ -53,9 +53,7 @@ def overlay_series(
     Raises:
         Conflict: for files that are no slices of the image.
     """
-    share = entropy[..., None]
-    colours = matplotlib.colormaps[COLOUR_MAP](entropy)[..., :3]
-    pixels = (255 * ((1 - share) * grey(image[..., None]) + share * colours)).round().astype(np.uint8)
+    window = grey_window(image)
     to_voxels = np.linalg.inv(TO_LPS @ affine)
     own, made = generate_uid(), []
     for file in sorted(Path(series).glob("*.dcm")):
@@ -63,8 +61,15 @@ def overlay_series(
         source.decode()  # the patient's name, in the series' own letters, before all is written in UTF-8
         made.append(_capture(source, own, legend))
         made[-1].InstanceNumber = source.get("InstanceNumber") or len(made)
-        made[-1].PixelData = pixels[_voxels(source, to_voxels, entropy.shape)].tobytes()
+        voxels = _voxels(source, to_voxels, entropy.shape)
+        made[-1].PixelData = _blend(image[voxels], entropy[voxels], window).tobytes()
     return made
+
+
+def _blend(plane: np.ndarray, entropy: np.ndarray, window: tuple[float, float]) -> np.ndarray:
+    """A slice (rows, columns) with its map, RGB."""
+    share, colours = entropy[..., None], matplotlib.colormaps[COLOUR_MAP](entropy)[..., :3]
+    return (255 * ((1 - share) * grey(plane[..., None], window) + share * colours)).round().astype(np.uint8)
 
 
 def _voxels(source: pydicom.Dataset, to_voxels: np.ndarray, shape: tuple[int, ...]) -> tuple[np.ndarray, ...]:
