@@ -96,7 +96,9 @@ def configure(
     parser = ConfigParser()
     parser.read_config([str(file) for file in files])
     more = {"bundle_root": str(ROOT / "bundle"), "dataset_dir": str(data_root / data), "device": "cpu", "seed": seed}
-    parser.update({**settings, **more, **(variant if isinstance(variant, Mapping) else {})})
+    own = variant if isinstance(variant, Mapping) else {}
+    own = {key: value for key, value in own.items() if "#" not in key or key.startswith(f"{name}#")}
+    parser.update({**settings, **more, "amp": False, **own})  # on any CPU, as the other methods
     return parser
 
 

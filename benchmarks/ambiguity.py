@@ -85,7 +85,7 @@ def configured(method: Method, size: int, seed: int, **more: Any) -> ConfigParse
     """Return ``train.json`` for 2D images as large as the crops, under the settings of a method."""
     parser = ConfigParser()
     parser.read_config([str(CONFIGS / "train.json"), str(CONFIGS / "datasets" / "generic_2d.json")])
-    own = {"bundle_root": "", "device": "cpu", "seed": seed, "roi_size": [size, size]}
+    own = {"bundle_root": "", "device": "cpu", "amp": False, "seed": seed, "roi_size": [size, size]}
     parser.update({**SETTINGS, **own, "num_members": MEMBERS, "num_steps": 1, **method.settings, **more})
     return parser
 

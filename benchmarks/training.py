@@ -43,7 +43,7 @@ def config() -> ConfigParser:
     """Return ``train.json`` for 2D images, as the overlay of the tumours has it."""
     parser = ConfigParser()
     parser.read_config([str(CONFIGS / "train.json"), str(CONFIGS / "datasets" / "lgg_mri.json")])
-    parser.update({"bundle_root": "", "device": "cpu"})
+    parser.update({"bundle_root": "", "device": "cpu", "amp": False})
     return parser
 
 

@@ -48,7 +48,7 @@ def default_amp(device: torch.device | str) -> bool:
     Args:
         device: where the network is trained.
     """
-    found = getattr(torch.cpu, "get_capabilities", dict)()  # PyTorch 2.8 has none
+    found: dict = getattr(torch.cpu, "get_capabilities", dict)()  # PyTorch 2.8 has none
     native = torch.device(device).type == "cpu" and any(found.get(name) for name in ("avx512_bf16", "amx_bf16"))
     if native:
         logger.info("amp: bfloat16, in which this CPU trains faster; --amp false trains in single precision.")

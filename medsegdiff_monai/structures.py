@@ -21,6 +21,8 @@ COLUMNS = (
     "mean_probability", "share_of_members", "mean_entropy_bits",
 )  # fmt: skip
 
+MOST = 1000  # structures of a class that have rows of their own
+
 
 class Component(NamedTuple):
     """A connected component.
@@ -44,6 +46,8 @@ def structures(
     """Describe each connected component of each class (of 8 or 26 neighbours), the largest first.
 
     ``kind`` is ``in the mask``, or ``possible miss``: a component of what any member has that nowhere meets the mask.
+    Where a class has more than ``MOST`` of a kind, a last row has the number of voxels and the size of the others
+    together; its ``structure`` is such as ``1001-2345``.
 
     Args:
         names: of the classes.
@@ -61,12 +65,22 @@ def structures(
     rows = []
     for k, name in enumerate(names):
         mask, members, likely = (np.asarray(x.cpu()) for x in (masks[k] > 0, member_masks[:, k], probability[k]))
-        missed = (found for found in _components(members.any(0) | mask) if not found.meets(mask))
-        for kind, components in (("in the mask", _components(mask)), ("possible miss", missed)):
+        for kind, of, apart_from in (("in the mask", mask, None), ("possible miss", members.any(0) | mask, mask)):
+            components, sizes = _components(of, apart_from)
             for number, component in enumerate(components, start=1):
                 found = {**_measured(component, affine, unit), **_said(component, members, likely)}
                 rows.append({"class": name, "structure": number, "kind": kind, **found})
+            if len(sizes) > MOST:
+                others = {"class": name, "structure": f"{MOST + 1}-{len(sizes)}", "kind": kind}
+                rows.append(
+                    {**dict.fromkeys(COLUMNS, ""), **others, **_extent(sizes[MOST:].sum(), affine, unit, mask.ndim)}
+                )
     return rows
+
+
+def _extent(voxels: int, affine: np.ndarray, unit: str, dims: int) -> dict[str, Any]:
+    size = np.linalg.norm(affine[:3, :dims], axis=0).prod() if unit == "mm" else 1.0
+    return {"voxels": int(voxels), "size": round(float(voxels * size), 3), "unit": unit}
 
 
 def _measured(component: Component, affine: np.ndarray, unit: str) -> dict[str, Any]:
@@ -75,13 +89,9 @@ def _measured(component: Component, affine: np.ndarray, unit: str) -> dict[str, 
     along = [inside.sum(tuple(other for other in range(dims) if other != axis)) for axis in range(dims)]
     centre = [part.start + float(n @ np.arange(len(n))) / count for part, n in zip(box, along)]
     place = affine @ np.array([*centre, *[0.0] * (3 - dims), 1.0])
-    steps = affine[:3, :dims]
-    size = np.linalg.norm(steps, axis=0).prod() if unit == "mm" else 1.0
     return {
-        "voxels": count,
-        "size": round(float(count * size), 3),
-        "unit": unit,
-        "largest_diameter": round(_diameter(_ends(inside) @ steps.T), 2) if count > 1 else 0.0,
+        **_extent(count, affine, unit, dims),
+        "largest_diameter": round(_diameter(_ends(inside) @ affine[:3, :dims].T), 2) if count > 1 else 0.0,
         "centre_voxel": " ".join(f"{x:.1f}" for x in centre),
         "centre_mm": " ".join(f"{x:.1f}" for x in place[:3]) if unit == "mm" else "",
     }
@@ -119,12 +129,28 @@ def label_components(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return components, np.sum(counts, axis=0)
 
 
-def _components(mask: np.ndarray) -> Iterator[Component]:
-    """The components of a mask, the largest first."""
+def _components(mask: np.ndarray, apart_from: np.ndarray | None = None) -> tuple[Iterator[Component], np.ndarray]:
+    """The components of a mask, the largest first.
+
+    Args:
+        mask: boolean (*spatial).
+        apart_from: components that meet this mask do not count.
+
+    Returns:
+        At most ``MOST`` components; and the number of voxels of each, of the others too.
+    """
     components, sizes = label_components(mask)
+    sizes[0] = 0
+    if apart_from is not None:
+        for plane, met in zip(components, apart_from):
+            sizes[plane[met]] = 0
+    order = np.argsort(-sizes, kind="stable")[: np.count_nonzero(sizes)]
+    shown = np.zeros(len(sizes), components.dtype)  # the place in that order; SciPy's boxes of all may be millions
+    shown[order[:MOST]] = np.arange(1, len(order[:MOST]) + 1)
+    for plane in components:
+        plane[...] = shown[plane]
     boxes = ndimage.find_objects(components)
-    for number in np.argsort(-sizes[1:], kind="stable"):
-        yield Component(boxes[number], components[boxes[number]] == number + 1)
+    return (Component(box, components[box] == i) for i, box in enumerate(boxes, start=1)), sizes[order]
 
 
 def _diameter(points: np.ndarray) -> float:

@@ -170,13 +170,8 @@ class RandCropByClassd(RandCropByLabelClassesd):
     def randomize(self, label: Tensor, indices: Any = None, image: Tensor | None = None) -> None:
         """Draw the centre; MONAI looks for every value up to the largest, so these are numbered without gaps.
 
-        What is ignored has a number of its own, which no centre is drawn from. Where the patch is the whole image,
-        nothing is drawn, and no voxel looked at.
+        What is ignored has a number of its own, which no centre is drawn from.
         """
-        size = label.shape[1:]
-        if fall_back_tuple(self.cropper.spatial_size, size) == tuple(size):
-            self.cropper.centers = (tuple(n // 2 for n in size),)
-            return
         plain, labels = torch.as_tensor(label), self.labels.to(label.device)
         numbers = torch.bucketize(plain, labels)
         numbers[~torch.isin(plain, labels.to(plain.dtype))] = len(labels)
@@ -184,6 +179,13 @@ class RandCropByClassd(RandCropByLabelClassesd):
             marked = [(numbers == i).any(0) for i in range(1, len(self.labels))]
             numbers = torch.stack([(numbers == 0).all(0), *marked])
         super().randomize(numbers, indices, image)
+
+    def __call__(self, data: Mapping[Hashable, Any], lazy: bool | None = None) -> list[dict[Hashable, Tensor]]:
+        """Return the patch, in a list; where that is the whole image, nothing is drawn."""
+        size = data[self.label_key].shape[1:]
+        if fall_back_tuple(self.cropper.spatial_size, size) == tuple(size):
+            return [dict(data)]
+        return super().__call__(data, lazy)
 
 
 class NormalizeImaged(MapTransform):

@@ -7,6 +7,7 @@ import tracemalloc
 import numpy as np
 import torch
 
+from medsegdiff_monai.report.tables import structure_table
 from medsegdiff_monai.structures import COLUMNS, structures
 
 
@@ -70,3 +71,27 @@ def test_a_mask_that_fills_the_field_takes_little_memory() -> None:
     assert row["centre_voxel"] == "49.5 99.5 49.5"
     assert row["largest_diameter"] == round(float(np.linalg.norm([99, 199, 99])), 2)
     assert peak < 16 * full.numel()
+
+
+def test_the_smallest_of_very_many_have_one_row_together(monkeypatch) -> None:
+    monkeypatch.setattr("medsegdiff_monai.structures.MOST", 2)
+    mask = torch.zeros(1, 20, 20)
+    for i, size in enumerate((1, 4, 3, 2, 1)):
+        mask[0, 4 * i, :size] = 1
+    members = mask.repeat(2, 1, 1, 1) > 0
+    members[0, 0, [2, 6, 10], 15] = True
+    rows = structures(["a"], mask, members, mask, np.diag([2.0, 3.0, 1.0, 1.0]))
+    found = [(row["kind"], row["structure"], row["voxels"], row["size"]) for row in rows]
+    assert found == [
+        ("in the mask", 1, 4, 24.0),
+        ("in the mask", 2, 3, 18.0),
+        ("in the mask", "3-5", 4, 24.0),
+        ("possible miss", 1, 1, 6.0),
+        ("possible miss", 2, 1, 6.0),
+        ("possible miss", "3-3", 1, 6.0),
+    ]
+    assert all(tuple(row) == COLUMNS for row in rows)
+    assert (
+        "In the masks: 5. Possible misses, which only some members have: 3."
+        in structure_table([{"case": "scan", **row} for row in rows])[0]
+    )

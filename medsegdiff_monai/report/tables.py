@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
 from .statistics import (
@@ -115,9 +116,15 @@ def grading_table(gradings: Sequence[Grading]) -> Table:
 
 def structure_table(structures: Sequence[Row]) -> tuple[str, Table]:
     """The structures to look at: possible misses, the most likely first, and the least sure ones of the masks."""
-    missed = [row for row in structures if row["kind"] == "possible miss"]
-    found = [row for row in structures if row["kind"] != "possible miss"]
-    text = f"In the masks: {len(found)}. Possible misses, which only some members have: {len(missed) or 'none'}."
+    counts: Counter[str] = Counter()
+    for row in structures:
+        first, _, last = str(row["structure"]).partition("-")
+        counts[str(row["kind"])] += int(last) - int(first) + 1 if last else 1
+    single = [row for row in structures if "-" not in str(row["structure"])]
+    missed = [row for row in single if row["kind"] == "possible miss"]
+    found = [row for row in single if row["kind"] != "possible miss"]
+    number_missed = counts.pop("possible miss", 0)
+    text = f"In the masks: {counts.total()}. Possible misses, which only some members have: {number_missed or 'none'}."
     missed = sorted(missed, key=lambda row: (-number(row, "share_of_members"), -number(row, "size")))
     found = sorted(found, key=lambda row: number(row, "mean_probability"))
     shown = missed[:MAX_MISSES] + found[:MAX_UNSURE]
