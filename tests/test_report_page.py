@@ -156,7 +156,8 @@ def test_names_cannot_bring_in_html(tmp_path: Path) -> None:
     rows[0] |= {"case": EVIL.replace("/", "_"), "flag": f"{EVIL} is empty", "source": EVIL}
     structure = {
         "case": EVIL, "class": EVIL, "structure": 1, "kind": "possible miss", "size": 3.0, "unit": "px",
-        "largest_diameter": 2.0, "centre_voxel": "1.0 2.0", "centre_mm": "", "mean_probability": 0.3, "share_of_members": 0.4,
+        "largest_diameter": 2.0, "centre_voxel": "1.0 2.0", "centre_mm": "", "mean_probability": 0.3,
+        "share_of_members": 0.4,
     }  # fmt: skip
     page = Page(write_report(rows, tmp_path, [EVIL], structures=[structure], title=EVIL))
     assert len(page.all("script")) == 1
