@@ -46,7 +46,6 @@ METHODS = {
     "plain DPM": "plain diffusion",
     "MONAI UNet": "MONAI U-Net",
     "MONAI SegResNet": "MONAI SegResNet",
-    "nnU-Net, smaller plan": "nnU-Net, smaller plan",
 }
 LIDC = {
     "ged": "generalised energy distance ↓",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -42,17 +43,22 @@ def amp_dtype(amp: bool | str) -> torch.dtype | None:
     return dtypes[str(amp).lower()]
 
 
-def default_amp(device: torch.device | str) -> bool:
-    """Whether to train in bfloat16 unless told otherwise: on CPUs that compute in it, which takes less time there.
+@cache  # so that it is said once
+def default_amp(device: torch.device | str, spatial_dims: int) -> bool:
+    """Whether to train in bfloat16 unless told otherwise: 2D networks on CPUs that compute in it, which is faster.
+
+    In 3D oneDNN's weight gradients of bfloat16 are not to be relied on: with PyTorch 2.13, those of a convolution over
+    fields of two voxels along the first axis hold values from memory that nobody wrote.
 
     Args:
         device: where the network is trained.
+        spatial_dims: of the network.
     """
     found: dict = getattr(torch.cpu, "get_capabilities", dict)()  # PyTorch 2.8 has none
     native = torch.device(device).type == "cpu" and any(found.get(name) for name in ("avx512_bf16", "amx_bf16"))
-    if native:
+    if native and spatial_dims == 2:
         logger.info("amp: bfloat16, in which this CPU trains faster; --amp false trains in single precision.")
-    return native
+    return native and spatial_dims == 2
 
 
 def default_device() -> torch.device:

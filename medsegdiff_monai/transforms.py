@@ -16,6 +16,7 @@ from monai.transforms import (
     MapTransform,
     NormalizeIntensity,
     RandCropByLabelClassesd,
+    RandLambdad,
     RandomizableTrait,
     ScaleIntensityRange,
     Spacingd,
@@ -120,7 +121,7 @@ class AugmentingCompose(Compose):
     """MONAI's ``Compose`` that forgets the metadata of its items before the first random transform.
 
     Training has no use for them then, and on small images MONAI's transforms take longer to note what they do than to
-    do it. Items stay as they are where there is no random transform.
+    do it. They are kept where there is no random transform, or ``RandLambdad``, which fails without.
     """
 
     def __call__(
@@ -129,17 +130,33 @@ class AugmentingCompose(Compose):
         """Transform items from one transform on up to another; see MONAI's ``Compose``."""
         stop = len(self.transforms) if end is None else end
         first = self.get_index_of_first(lambda transform: isinstance(transform, RandomizableTrait))
-        if first is None or start < first:
-            input_ = super().__call__(input_, start, stop if first is None else min(stop, first), threading, lazy)
-        if first is None or stop < first:
+        if first is None or _has_function(self):
+            return super().__call__(input_, start, end, threading, lazy)
+        if start < first:
+            input_ = super().__call__(input_, start, min(stop, first), threading, lazy)
+        if stop < first:
             return input_
-        plain = {key: x.as_tensor() if isinstance(x, MetaTensor) else x for key, x in input_.items()}
         tracked = get_track_meta()
         set_track_meta(False)
         try:
-            return super().__call__(plain, max(start, first), stop, threading, lazy)
+            return super().__call__(_without_metadata(input_), max(start, first), stop, threading, lazy)
         finally:
             set_track_meta(tracked)
+
+
+def _has_function(transform: Any) -> bool:
+    """Whether there is a ``RandLambdad``; MONAI's ``flatten`` would seed all transforms anew."""
+    if isinstance(transform, Compose):
+        return any(_has_function(one) for one in transform.transforms)
+    return isinstance(transform, RandLambdad)
+
+
+def _without_metadata(data: Any) -> Any:
+    if isinstance(data, MetaTensor):
+        return data.as_tensor()
+    if isinstance(data, Mapping):
+        return {key: _without_metadata(value) for key, value in data.items()}
+    return [_without_metadata(one) for one in data] if isinstance(data, list) else data
 
 
 class RandCropByClassd(RandCropByLabelClassesd):

@@ -196,7 +196,7 @@ _DECLARED = [
         "amp",
         Choice(False, True, "bfloat16", "float16"),
         "autocast; true: bfloat16",
-        default="`false`; training on a CPU that computes in bfloat16: `true`",
+        default="`false`; training in 2D on a CPU that computes in bfloat16: `true`",
     ),
     Variable(
         "outputs",

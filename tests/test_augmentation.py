@@ -82,12 +82,21 @@ def test_training_augments_as_compose_does_and_keeps_no_metadata():
 
 
 def test_metadata_are_tracked_again_after_a_transform_fails():
-    def fail(image):
-        raise ValueError("no")
-
     with pytest.raises(RuntimeError):
-        AugmentingCompose([RandLambdad("image", fail)])({"image": MetaTensor(torch.rand(1, 4, 4))})
+        AugmentingCompose([RandFlipd("missing")])({"image": MetaTensor(torch.rand(1, 4, 4))})
     assert get_track_meta()
+
+
+def test_a_function_of_the_users_augments_too():
+    double = RandLambdad("image", lambda image: image * 2, prob=1)
+    image = MetaTensor(torch.rand(1, 4, 4))
+    assert torch.equal(AugmentingCompose([double])({"image": image})["image"], image * 2)
+
+
+def test_several_items_are_augmented_one_by_one():
+    items = [{"image": MetaTensor(torch.rand(1, 4, 4))} for _ in range(2)]
+    found = AugmentingCompose([RandFlipd("image", prob=1, spatial_axis=0)])(items)
+    assert all(torch.equal(one["image"], item["image"].as_tensor().flip(1)) for one, item in zip(found, items))
 
 
 def test_items_without_random_transforms_stay_as_they_are():

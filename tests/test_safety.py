@@ -15,7 +15,7 @@ from medsegdiff_monai.inferers import DiffusionEnsembleInferer
 from medsegdiff_monai.networks import MedSegDiffUNet
 from medsegdiff_monai.objective import DiffusionTrainingInferer, mask_loss
 from medsegdiff_monai.schedulers import DDIMScheduler
-from medsegdiff_monai.settings import amp_dtype
+from medsegdiff_monai.settings import amp_dtype, default_amp
 
 from .conftest import CONFIGS, PICTURE_SETTINGS
 from .test_bad_input import message
@@ -176,9 +176,28 @@ def test_training_is_in_bfloat16_where_the_cpu_computes_in_it(found, native, mon
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found, raising=False)
     parser = ConfigParser()
     parser.read_config(str(CONFIGS / "train.json"))
+    default_amp.cache_clear()
     with caplog.at_level("INFO"):
-        for device, expected in (("cpu", native), ("cuda", False)):
-            parser.update({"bundle_root": "", "device": device})
+        for device, dims, expected in (("cpu", 2, native), ("cpu", 2, native), ("cpu", 3, False), ("cuda", 2, False)):
+            parser.update({"bundle_root": "", "device": device, "spatial_dims": dims})
             parser.parse(True)
             assert parser.get_parsed_content("amp") is expected
+    default_amp.cache_clear()
     assert len(caplog.messages) == native and all("--amp false" in message for message in caplog.messages)
+
+
+def test_weight_gradients_in_bfloat16_are_those_of_single_precision():
+    """In memory that holds large values, of fields as small as those of the coarsest levels."""
+    for size in ((2, 2), (2, 3), (2, 4), (4, 2), (4, 4)):
+        convolution = torch.nn.Conv2d(16, 16, 3, padding=1)
+        x = torch.randn(2, 16, *size)
+        gradients = []
+        for amp in (False, *[True] * 8):
+            junk = [torch.full((n,), 1e31) for n in (500, 2000, 8000, 20000, 60000)]
+            del junk
+            convolution.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+                y = convolution(x)
+            y.float().square().mean().backward()
+            gradients.append(convolution.weight.grad.clone())
+        assert all(torch.allclose(one, gradients[0], atol=0.02, rtol=0.1) for one in gradients[1:])
