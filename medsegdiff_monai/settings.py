@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -43,7 +42,6 @@ def amp_dtype(amp: bool | str) -> torch.dtype | None:
     return dtypes[str(amp).lower()]
 
 
-@cache  # so that it is said once
 def default_amp(device: torch.device | str, spatial_dims: int) -> bool:
     """Whether to train in bfloat16 unless told otherwise: 2D networks on CPUs that compute in it, which is faster.
 
@@ -56,8 +54,6 @@ def default_amp(device: torch.device | str, spatial_dims: int) -> bool:
     """
     found: dict = getattr(torch.cpu, "get_capabilities", dict)()  # PyTorch 2.8 has none
     native = torch.device(device).type == "cpu" and any(found.get(name) for name in ("avx512_bf16", "amx_bf16"))
-    if native and spatial_dims == 2:
-        logger.info("amp: bfloat16, in which this CPU trains faster; --amp false trains in single precision.")
     return native and spatial_dims == 2
 
 

@@ -161,6 +161,7 @@ def test_shared_variables_and_network_are_the_same_in_all_configs():
         ConfigParser.load_config_file(CONFIGS / f"{n}.json") for n in ("train", "evaluate", "inference")
     )
     differ = {"output_dir", "imports", "run", "initialize", "num_members"}
+    differ |= {"amp"}  # by default training alone has it, on some CPUs
     differ |= {"network"}  # of several weights there are several, made of the same network_def
     for other in (evaluate, inference):
         for key in set(train) & set(other) - differ:

@@ -15,7 +15,7 @@ from medsegdiff_monai.inferers import DiffusionEnsembleInferer
 from medsegdiff_monai.networks import MedSegDiffUNet
 from medsegdiff_monai.objective import DiffusionTrainingInferer, mask_loss
 from medsegdiff_monai.schedulers import DDIMScheduler
-from medsegdiff_monai.settings import amp_dtype, default_amp
+from medsegdiff_monai.settings import amp_dtype
 
 from .conftest import CONFIGS, PICTURE_SETTINGS
 from .test_bad_input import message
@@ -170,20 +170,27 @@ def test_float16_trains_with_a_scaler_that_a_checkpoint_keeps(bundle, pictures, 
     ("found", "native"),
     [({"avx512_bf16": True}, True), ({"avx512_f": True, "avx512_bf16": False}, False), (None, False)],
 )
-def test_training_is_in_bfloat16_where_the_cpu_computes_in_it(found, native, monkeypatch, caplog):
+def test_training_is_in_bfloat16_where_the_cpu_computes_in_it(found, native, monkeypatch):
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)  # as in PyTorch 2.8
     if found is not None:
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found, raising=False)
     parser = ConfigParser()
     parser.read_config(str(CONFIGS / "train.json"))
-    default_amp.cache_clear()
+    for device, dims, expected in (("cpu", 2, native), ("cpu", 3, False), ("cuda", 2, False)):
+        parser.update({"bundle_root": "", "device": device, "spatial_dims": dims})
+        parser.parse(True)
+        assert parser.get_parsed_content("amp") is expected
+
+
+@pytest.mark.parametrize("amp", [False, True, "float16"])
+def test_the_log_says_in_which_precision_a_training_is(amp, caplog):
+    engine = Engine(lambda *_: None)
+    GradientScaling(amp).attach(engine)
+    engine.state.device = torch.device("cpu")
     with caplog.at_level("INFO"):
-        for device, dims, expected in (("cpu", 2, native), ("cpu", 2, native), ("cpu", 3, False), ("cuda", 2, False)):
-            parser.update({"bundle_root": "", "device": device, "spatial_dims": dims})
-            parser.parse(True)
-            assert parser.get_parsed_content("amp") is expected
-    default_amp.cache_clear()
-    assert len(caplog.messages) == native and all("--amp false" in message for message in caplog.messages)
+        engine.run([0])
+    told = [message for message in caplog.messages if message.startswith("amp:")]
+    assert len(told) == bool(amp) and all(str(amp_dtype(amp))[6:] in message for message in told)
 
 
 def test_weight_gradients_in_bfloat16_are_those_of_single_precision():

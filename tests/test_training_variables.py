@@ -30,7 +30,7 @@ def squares(tmp_path_factory):
 def test_accumulated_gradients_are_those_of_the_larger_batch(bundle, squares, tmp_path):
     """Clipping and averaged weights follow the optimiser's steps: eight cases as four batches of two or two of four."""
     settings = {
-        **PICTURE_SETTINGS, "dataset_dir": squares, "max_epochs": 2, "val_interval": 2,
+        **PICTURE_SETTINGS, "dataset_dir": squares, "max_epochs": 2, "val_interval": 2, "amp": False,
         "max_grad_norm": 0.1, "splits": "$dict(training=[{'image': f'%s/image_{i}.png', 'label': f'%s/label_{i}.png',"
         " 'case': str(i)} for i in range(8)], validation=[{'image': '%s/image_8.png', 'label': '%s/label_8.png'}])"
         % ((squares,) * 4),
@@ -102,7 +102,7 @@ def test_compiled_training_is_the_plain_one_under_the_same_names(bundle, squares
 
 def epoch(parser, seed):
     torch.manual_seed(seed)
-    return [batch["image"].as_tensor() for batch in parser.get_parsed_content("train#dataloader")]
+    return [torch.as_tensor(batch["image"]) for batch in parser.get_parsed_content("train#dataloader")]
 
 
 def test_workers_read_from_the_cache_and_draw_on_their_own(squares):

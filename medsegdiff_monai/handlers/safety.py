@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -10,10 +11,13 @@ from monai.engines import IterationEvents
 from torch import nn
 from torch.optim import Optimizer
 
+from ..distributed import is_main
 from ..errors import InputError
 from ..settings import amp_dtype
 
 __all__ = ["GradientClipping", "GradientScaling", "PlainErrors", "StopOnBadLoss"]
+
+logger = logging.getLogger(__name__)
 
 REMEDY = "set --learning_rate lower, or --amp false; the last good checkpoint is kept."
 
@@ -27,6 +31,8 @@ def _place(engine: Engine) -> str:
 class GradientScaling:
     """Scale the loss of a training in float16, whose gradients would vanish else; bfloat16 and float32 need none.
 
+    At the start the log says in which of the two a training is that has one of them.
+
     MONAI's trainer scales where it has a scaler; its own is for CUDA alone. A step whose gradients overflow is left
     out, and the scale halved.
 
@@ -35,11 +41,15 @@ class GradientScaling:
     """
 
     def __init__(self, amp: bool | str = False) -> None:
-        self.enabled = amp_dtype(amp) == torch.float16
+        self.dtype = amp_dtype(amp)
 
     def attach(self, engine: Engine) -> None:
         """Attach to MONAI's trainer."""
-        if self.enabled:
+        if self.dtype is not None:
+            name = str(self.dtype).removeprefix("torch.")
+            text = f"amp: the network computes in {name}; with --amp false in single precision."
+            engine.add_event_handler(Events.STARTED, lambda: logger.info(text) if is_main() else None)
+        if self.dtype == torch.float16:
             engine.add_event_handler(Events.STARTED, self)
 
     def __call__(self, engine: Any) -> None:
