@@ -164,7 +164,7 @@ _DECLARED = [
     Variable("warmup_epochs", Whole(0), "epochs of learning rate warm-up", TRAIN),
     Variable("max_grad_norm", Number(above=0), "gradients are clipped to this norm", TRAIN),
     Variable("flip_axes", ListOf(Whole(0, 2), 0, 3), "axes of the random flip, flipped together; []: none", TRAIN),
-    Variable("augmentation", kinds.Transforms(), "further random transforms", TRAIN),
+    Variable("augmentation", kinds.Transforms(), "further random transforms, of tensors without metadata", TRAIN),
     Variable("resume", Boolean(), "continue from the newest checkpoint in ckpt_dir", TRAIN),
     Variable("cache", Choice("memory", "disk", "none"), "where preprocessed cases are kept", TRAIN),
     Variable("cache_rate", Number(low=0, high=1), "share of the cases kept in memory", TRAIN),
