@@ -103,13 +103,16 @@ def parts(name: str, seed: int, crops: Crops, options: argparse.Namespace) -> li
     """Return the networks of a method, not yet trained."""
     method, made = METHODS[name], []
     for i in range(method.nets):
-        config = configured(method, options.size, seed)
+        # what is scored is always in single precision, on the CPU
+        config = configured(method, options.size, seed, **{"train#inferer#amp": options.device != "cpu"})
         own = seed * method.nets + i
         set_determinism(own)
         peer = method.build(config)
         batches = Batches(crops, config["batch_size"], own)
-        training = Training(peer, batches, options.seconds / method.nets, method.learning_rate)
-        file = f"{name} {options.size} {options.seconds:g} {seed} {i}.pt"
+        rate = method.learning_rate
+        training = Training(peer, batches, options.seconds / method.nets, rate, options.device)
+        on = "" if options.device == "cpu" else f"{options.device} "
+        file = f"{name} {options.size} {on}{options.seconds:g} {seed} {i}.pt"
         made.append(Part(peer, training, options.work_dir / file))
     return made
 
@@ -211,7 +214,8 @@ BOUNDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 def key(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     """What tells one run from another; bounds have no training."""
     seconds = 0 if name in BOUNDS else options.seconds
-    return {"method": name, "seed": seed, "size": options.size, "seconds": seconds, "split": options.split}
+    run = {"method": name, "seed": seed, "size": options.size, "seconds": seconds, "split": options.split}
+    return run if options.device == "cpu" or name in BOUNDS else {**run, "device": options.device}
 
 
 def rows_of(name: str, options: argparse.Namespace) -> dict[str, int]:
@@ -231,6 +235,7 @@ def runs(name: str, seed: int, some: list[Part], crops: Crops, options: argparse
         "parameters_m": round(sum(map(parameters, networks)), 4),
         "learning_rate": method.learning_rate,
         "batch_size": config["batch_size"],
+        **({} if options.device == "cpu" else {"card": some[0].training.card}),
         **({"train_num_members": config["train_num_members"]} if name == "ours" else {}),
         "torch": torch.__version__,
         "monai": monai.__version__,
@@ -288,7 +293,8 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_root", type=Path, required=True, help="folder that holds LIDC4")
     parser.add_argument("--size", type=int, default=64, help="of the centre crops: 64, or 128 for the whole pictures")
-    parser.add_argument("--seconds", type=float, default=300, help="CPU time of each training")
+    parser.add_argument("--seconds", type=float, default=300, help="CPU time of each training; by the clock on a GPU")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="that trains; scored on the CPU")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--steps", nargs="+", type=int, default=[1], help="with each of which ours is scored")

@@ -1,15 +1,17 @@
-"""Speed on a GPU: training step and segmentation, beside a U-Net, nnU-Net's plan and MONAI's diffusion U-Net.
+"""Speed on a GPU: training and segmenting, beside a U-Net, nnU-Net's plan and MONAI's diffusion U-Net.
 
-``python -m benchmarks.gpu`` times them on random images, in float32, in bfloat16, and compiled, and writes
-``benchmarks/results/gpu.md``. Segmentation is from preprocessed images to the probabilities of all members: five of one
-pass each for this bundle, one for the U-Nets, one of 50 steps for MONAI's diffusion. With ``--device cpu`` it runs
-without a GPU, for hours at these sizes.
+``python -m benchmarks.gpu`` times them on random images, in float32, in bfloat16, and compiled. It appends what it
+finds to ``benchmarks/gpu.jsonl``, does not time again what is there, and writes ``benchmarks/results/gpu.md``.
+Segmentation is from preprocessed images to the probabilities of all members: five of one pass each for this
+bundle, one for the U-Nets, one of 50 steps for MONAI's diffusion. With ``--device cpu`` it runs without a GPU, for
+hours at these sizes.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import json
 import platform
 import statistics
 import time
@@ -22,11 +24,10 @@ import monai
 import torch
 from monai.bundle import ConfigParser
 from monai.networks.nets import DynUNet
-from torch import Tensor
 
 from medsegdiff_monai.files import write_atomically
 
-from .accuracy import ROOT
+from .accuracy import ROOT, append, is_known
 from .forward import parameters
 from .peers import CONFIGS, UNET_LEARNING_RATE, Peer, discriminative, monai_diffusion, ours, unet
 
@@ -42,10 +43,17 @@ class Field(NamedTuple):
 
 
 FIELDS = {
+    "2D, 128 × 128, lung nodules": Field("lidc", {}, 8),
     "2D, 256 × 256": Field("generic_2d", {"roi_size": [256, 256], "in_channels": 1, "num_classes": 1}, 16),
     "3D, 96 × 96 × 96": Field("hippocampus", {"roi_size": [96, 96, 96], "num_classes": 1, "regions": None}, 2),
 }
 MODES = ("float32", "bfloat16", "bfloat16, compiled")
+TEXT = """
+Random images that lie on the card: nothing is loaded or augmented. Training is a step with AdamW; an image counts once,
+however many masks of it are trained. Segmenting is from preprocessed images to the probabilities of all members.
+Medians of repeated batches; in `float32`, convolutions use TF32, as is PyTorch's default. What is not in a table was
+not run.
+""".splitlines()
 
 
 def planned_unet(parser: ConfigParser) -> Peer:
@@ -90,14 +98,14 @@ class Speed(NamedTuple):
         passes: of the network, to segment an image.
         training: images per second.
         segmenting: images per second.
-        memory: peak of the training on the GPU, GB; NaN on another device.
+        memory: peak of the training on the GPU, GB; None on another device.
     """
 
     parameters: float
     passes: int
     training: float
     segmenting: float
-    memory: float
+    memory: float | None
 
 
 def median_seconds(run: Callable[[], object], device: torch.device, rounds: int) -> float:
@@ -124,62 +132,73 @@ def measure(name: str, field: Field, mode: str, device: torch.device, rounds: in
     image = torch.randn(field.batch, parser["in_channels"], *parser.get_parsed_content("field_size"), device=device)
     raters = (torch.rand(field.batch, 1, parser["num_classes"], *image.shape[2:], device=device) > 0.5).float()
     optimizer = torch.optim.AdamW(peer.module.parameters(), fused=device.type == "cuda")
-    # the bundle's own parts autocast themselves, and draw noise on the CPU
-    others = BUILD[name] is not ours
-    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=others and mode != "float32")
-
-    def in_context(function: Callable[..., Tensor], *arguments: object) -> Tensor:
-        with autocast():
-            if not others:
-                return function(*arguments)
-            with device:  # where MONAI's schedulers draw timesteps and noise
-                return function(*arguments)
+    own = peer.autocasts or mode == "float32"
+    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=not own)
 
     def step() -> None:
-        in_context(peer.loss, image, raters).backward()
+        with autocast():
+            loss = peer.loss(image, raters)
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     training = field.batch / median_seconds(step, device, rounds)
-    memory = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else float("nan")
+    memory = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None
     peer.module.eval()
-    with torch.no_grad():
-        segment = partial(in_context, peer.segment, peer.module, image)
+    segment = partial(peer.segment, peer.module, image)
+    with torch.no_grad(), autocast():
         segmenting = field.batch / median_seconds(segment, device, rounds)
     return Speed(parameters(peer.module), peer.passes, training, segmenting, memory)
 
 
 def describe(device: torch.device) -> str:
-    """What was measured on, and with what."""
-    card = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()}, no GPU"
-    return f"{card}; torch {torch.__version__}, MONAI {monai.__version__}; {datetime.date.today().isoformat()}."
+    """What is measured on."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()}, no GPU"
+
+
+def page(rows: list[dict[str, Any]]) -> str:
+    """The page: a table for each card, field and precision."""
+    lines = ["# Speed on a GPU", "", "Written by `python -m benchmarks.gpu` from `benchmarks/gpu.jsonl`.", *TEXT]
+    heads = ["method", "parameters, M", "passes", "training, images/s", "segmenting, images/s", "peak memory, GB"]
+    for table in dict.fromkeys((row["card"], row["field"], row["mode"]) for row in rows):
+        some = [row for row in rows if (row["card"], row["field"], row["mode"]) == table]
+        made = {key: " and ".join(sorted({row[key] for row in some})) for key in ("torch", "monai", "date")}
+        lines += ["", f"## {table[1]}, {table[2]}, batches of {some[0]['batch']}", ""]
+        lines += [f"{table[0]}; torch {made['torch']}, MONAI {made['monai']}; {made['date']}.", ""]
+        lines += [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
+        for row in some:
+            memory = f"{row['memory']:.2f}" if row["memory"] is not None else ""
+            speeds = [f"{row[key]:.1f}" for key in ("training", "segmenting")]
+            cells = [row["method"], f"{row['parameters']:.2f}", str(row["passes"]), *speeds, memory]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
-    """Time everything, and write the page."""
+    """Time what is missing, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
+    parser.add_argument("--fields", nargs="+", choices=FIELDS, default=list(FIELDS))
+    parser.add_argument("--methods", nargs="+", choices=BUILD, default=list(BUILD))
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "gpu.jsonl")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "gpu.md")
     options = parser.parse_args()
     if options.device.type == "cuda" and not torch.cuda.is_available():
         raise SystemExit("there is no CUDA device: give --device cpu, which takes hours.")
-    lines = ["# Speed on a GPU", "", "Written by `python -m benchmarks.gpu`.", "", describe(options.device)]
-    heads = ["method", "parameters, M", "passes", "training, images/s", "segmenting, images/s", "peak memory, GB"]
-    for name, field in FIELDS.items():
-        for mode in options.modes:
-            lines += ["", f"## {name}, {mode}, batches of {field.batch}", "", f"| {' | '.join(heads)} |"]
-            lines.append("| --- " * len(heads) + "|")
-            for method in BUILD:
-                found = measure(method, field, mode, options.device, options.rounds)
-                memory = "" if found.memory != found.memory else f"{found.memory:.1f}"
-                cells = [method, f"{found.parameters:.2f}", str(found.passes), f"{found.training:.1f}"]
-                lines.append("| " + " | ".join([*cells, f"{found.segmenting:.1f}", memory]) + " |")
-                print(lines[-1], flush=True)
-    write_atomically(options.output, ("\n".join(lines) + "\n").encode())
+    made = {"torch": torch.__version__, "monai": monai.__version__, "date": datetime.date.today().isoformat()}
+    for mode in options.modes:
+        for field in options.fields:
+            for method in options.methods:
+                known = {"card": describe(options.device), "field": field, "mode": mode, "method": method}
+                if not is_known(options.results, known):
+                    found = measure(method, FIELDS[field], mode, options.device, options.rounds)
+                    append(options.results, {**known, "batch": FIELDS[field].batch, **found._asdict(), **made})
+    rows = [json.loads(line) for line in options.results.read_text().splitlines()]
+    write_atomically(options.output, page(rows).encode())
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
 Each is trained for the same time with the bundle's own loader (and so its augmentation), AdamW, gradient clipping,
 cosine decay over the time, and averaged weights. The time is that of the CPU, on one thread: other work on the machine
-does not count. ``pip install -e '.[benchmarks]'`` and, for the last method,
-``pip install --no-deps med-seg-diff-pytorch`` (its code needs less than it declares).
+does not count. On a GPU it is that of the clock, and all methods train in bfloat16. ``pip install -e '.[benchmarks]'``
+and, for the last method, ``pip install --no-deps med-seg-diff-pytorch`` (its code needs less than it declares).
 """
 
 from __future__ import annotations
@@ -71,6 +71,7 @@ class Peer:
         learning_rate: first learning rate, where it is not the config's.
         drawn_together: members in a row that are not independent of each other.
         advance: told, before each iteration, which share of the training's time has gone.
+        autocasts: whether it computes in the precision of its config by itself.
     """
 
     module: nn.Module
@@ -80,6 +81,7 @@ class Peer:
     learning_rate: float | None = None
     drawn_together: int = 1
     advance: Callable[[float], None] = lambda share: None
+    autocasts: bool = False
 
 
 def each_rater(logits: Tensor, raters: Tensor) -> Tensor:
@@ -120,6 +122,7 @@ def ours(parser: ConfigParser) -> Peer:
         None,
         ANTITHETIC,
         WarmStart(prepare).at,
+        autocasts=True,
     )
 
 
@@ -190,12 +193,12 @@ def monai_diffusion(parser: ConfigParser) -> Peer:
 
     def loss(image: Tensor, raters: Tensor) -> Tensor:
         mask = one_rater(raters)
-        noise, timesteps = torch.randn_like(mask), torch.randint(0, 1000, (len(mask),))
+        noise, timesteps = torch.randn_like(mask), torch.randint(0, 1000, (len(mask),), device=mask.device)
         out = inferer(2 * mask - 1, net, noise, timesteps, condition=image, mode="concat")
         return (out - noise).square().mean()
 
     def segment(trained: nn.Module, image: Tensor) -> Tensor:
-        noise = torch.randn(len(image), parser["num_classes"], *image.shape[2:])
+        noise = torch.randn(len(image), parser["num_classes"], *image.shape[2:], device=image.device)
         out = inferer.sample(noise, trained, sampler, conditioning=image, mode="concat", verbose=False)
         return ((out + 1) / 2).clamp(0, 1)
 
@@ -230,46 +233,59 @@ def med_seg_diff_pytorch(parser: ConfigParser) -> Peer:
 PEERS = {"MONAI UNet": unet, "MONAI DiffusionModelUNet": monai_diffusion, "med-seg-diff-pytorch": med_seg_diff_pytorch}
 
 
-def _ema(average: Tensor, new: Tensor, count: Tensor | int) -> Tensor:
-    """The average that the bundle's training keeps."""
-    return torch.lerp(average, new, max(0.005, 9 / (10 + int(count)))) if average.is_floating_point() else new
+def _ema(averages: list[Tensor], new: list[Tensor], count: Tensor | int) -> None:
+    """Update the average that the bundle's training keeps: tensors of one device and type."""
+    weight = max(0.005, 9 / (10 + int(count)))
+    if averages[0].is_floating_point():
+        torch._foreach_lerp_(averages, new, weight)
+    else:
+        torch._foreach_copy_(averages, new)
 
 
 class Training:
-    """Training of a peer by CPU time of this process; it can be left and taken up between iterations.
+    """Training of a peer by CPU time of this process, or by the clock on a GPU; it can be left between iterations.
 
     Args:
         peer: what to train.
         loader: batches with ``image`` (batch, channels, *spatial) and ``label`` (batch, raters, classes, *spatial).
-        seconds: CPU time at which the learning rate has fallen to 0.
+        seconds: time at which the learning rate has fallen to 0.
         lr: first learning rate.
+        device: where to train; on a GPU in bfloat16.
     """
 
-    def __init__(self, peer: Peer, loader: Iterable, seconds: float, lr: float) -> None:
-        self.peer, self.seconds, self.lr = peer, seconds, lr
+    def __init__(self, peer: Peer, loader: Iterable, seconds: float, lr: float, device: str = "cpu") -> None:
+        self.peer, self.seconds, self.lr, self.device = peer, seconds, lr, torch.device(device)
+        self.clock = time.process_time if device == "cpu" else time.perf_counter
         self.batches = chain.from_iterable(repeat(loader))
-        self.average = AveragedModel(peer.module, avg_fn=_ema, use_buffers=True)
+        self.average = AveragedModel(peer.module, multi_avg_fn=_ema, use_buffers=True)
         self.optimizer = torch.optim.AdamW(peer.module.parameters(), lr=lr)
         self.elapsed = 0.0
+        self.card = device  # its name, once trained
         self.random = torch.get_rng_state()  # of its own, whoever else trains in between
 
     def until(self, elapsed: float) -> None:
         """Train until so many seconds have been trained for in all."""
-        self.peer.module.train()
+        self.peer.module.train().to(self.device)
+        self.average.module.to(self.device)
+        autocast = self.device.type != "cpu" and not self.peer.autocasts
         torch.set_rng_state(self.random)
-        start = time.process_time() - self.elapsed
+        start = self.clock() - self.elapsed
         while self.elapsed < elapsed:
             batch = next(self.batches)
             self.peer.advance(self.elapsed / self.seconds)
             for group in self.optimizer.param_groups:
                 group["lr"] = self.lr * (1 + math.cos(math.pi * self.elapsed / self.seconds)) / 2
             self.optimizer.zero_grad()
-            image, raters = (convert_to_tensor(batch[key], track_meta=False) for key in ("image", "label"))
-            self.peer.loss(image, raters).backward()
+            image, raters = (
+                convert_to_tensor(batch[key], track_meta=False).to(self.device) for key in ("image", "label")
+            )
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=autocast):
+                loss = self.peer.loss(image, raters)
+            loss.backward()
             nn.utils.clip_grad_norm_(self.peer.module.parameters(), 1.0)
             self.optimizer.step()
             self.average.update_parameters(self.peer.module)
-            self.elapsed = time.process_time() - start
+            self.elapsed = self.clock() - start
         self.random = torch.get_rng_state()
 
     def state_dict(self) -> dict[str, Any]:
@@ -306,7 +322,7 @@ def train_in_turns(trainings: Mapping[Path, Training]) -> None:
     parts = {file: file.with_suffix(".part") for file in trainings}
     for file, training in trainings.items():
         if parts[file].is_file():
-            training.load_state_dict(torch.load(parts[file], weights_only=True))
+            training.load_state_dict(torch.load(parts[file], map_location="cpu", weights_only=True))
     while unfinished := {file: t for file, t in trainings.items() if t.elapsed < t.seconds}:
         mark = min(t.elapsed for t in unfinished.values()) + TURN
         for file, training in unfinished.items():
@@ -314,7 +330,8 @@ def train_in_turns(trainings: Mapping[Path, Training]) -> None:
             save(training.state_dict(), parts[file])
     for file, training in trainings.items():
         average = training.average
-        save({"model": average.module.state_dict(), "iterations": int(average.n_averaged)}, file)
+        card = torch.cuda.get_device_name() if training.device.type == "cuda" else training.device.type
+        save({"model": average.module.state_dict(), "iterations": int(average.n_averaged), "card": card}, file)
         parts[file].unlink(missing_ok=True)
 
 
@@ -322,13 +339,15 @@ def finish(training: Training, weights: Path) -> tuple[nn.Module, int]:
     """Train to the end, or read what an earlier run has written.
 
     Returns:
-        The module with its averaged weights, in evaluation mode, and the number of iterations.
+        The module with its averaged weights, on the CPU and in evaluation mode, and the number of iterations.
     """
     if not weights.is_file():
         train_in_turns({weights: training})
-    trained = torch.load(weights, weights_only=True)
-    training.average.module.load_state_dict(trained["model"])
-    return training.average.module.eval(), trained["iterations"]
+    trained = torch.load(weights, map_location="cpu", weights_only=True)
+    module = training.average.module.cpu()
+    module.load_state_dict(trained["model"])
+    training.card = trained.get("card", "cpu")
+    return module.eval(), trained["iterations"]
 
 
 def save(content: dict[str, Any], file: Path) -> None:

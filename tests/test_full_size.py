@@ -28,8 +28,9 @@ def test_speed_is_measured_on_any_device(tmp_path, monkeypatch):
     deep = gpu.Field("hippocampus", {**SMALL, "roi_size": [16, 16, 16], "regions": None}, 1)
     monkeypatch.setattr(gpu, "FIELDS", {"flat": flat, "deep": deep})
     monkeypatch.setattr("benchmarks.peers.MONAI_STEPS", 2)
-    words = ["gpu", "--device", "cpu", "--rounds", "1", "--modes", "float32", "bfloat16", "--output"]
-    monkeypatch.setattr(sys, "argv", [*words, str(tmp_path / "gpu.md")])
+    words = ["gpu", "--device", "cpu", "--rounds", "1", "--modes", "float32", "bfloat16"]
+    words += ["--results", str(tmp_path / "gpu.jsonl"), "--output", str(tmp_path / "gpu.md")]
+    monkeypatch.setattr(sys, "argv", words)
     gpu.main()
     text = (tmp_path / "gpu.md").read_text("utf-8")
     rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ") and " --- " not in line]
@@ -48,8 +49,9 @@ def test_without_a_gpu_it_says_so(monkeypatch):
 
 
 def test_the_plan_is_that_of_nnunet():
-    """Seven levels at 256 × 256, five at 96 × 96 × 96, as its planner has them."""
-    for field, widths in zip(gpu.FIELDS.values(), ([32, 64, 128, 256, 512, 512, 512], [32, 64, 128, 256, 320])):
+    """Six levels at 128 × 128, seven at 256 × 256, five at 96 × 96 × 96, as its planner has them."""
+    plans = ([32, 64, 128, 256, 512, 512], [32, 64, 128, 256, 512, 512, 512], [32, 64, 128, 256, 320])
+    for field, widths in zip(gpu.FIELDS.values(), plans):
         net = gpu.planned_unet(gpu.configured(field, "float32", torch.device("cpu"))).module
         assert list(net.filters) == widths
 

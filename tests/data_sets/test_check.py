@@ -14,6 +14,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import raw_layouts as raw
+import torch
 from PIL import Image
 
 from medsegdiff_monai.data.raw.prepare import prepare
@@ -323,6 +324,7 @@ def test_no_folder(tmp_path):
 
 
 def test_batch_fits_the_memory(task, monkeypatch):
+    monkeypatch.setattr("medsegdiff_monai.data.fingerprint.default_device", lambda: torch.device("cpu"))
     monkeypatch.setattr("medsegdiff_monai.data.fingerprint.memory_bytes", lambda: 25 * 10**6)
     overlay = inspect_dataset(task).overlay
     assert overlay["batch_size"] == 2 and overlay["cache_rate"] == 1.0
