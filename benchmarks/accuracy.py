@@ -8,8 +8,8 @@ a score has no value.
 Where cases are slices of volumes, ``dice_volume`` is the Dice of whole volumes, beside ``dice``, that of slices.
 ``dice_of_cases`` keeps the mean over classes for each case (or volume), for paired differences between methods.
 
-``ece_band`` and ``auroc`` look at a class within ``BAND`` voxels of its contours, true and predicted: whether its
-probability is right there, and whether the entropy of that probability tells wrong voxels from right ones.
+``ece_band``, ``brier`` and ``auroc`` look at a class within ``BAND`` voxels of its contours, true and predicted:
+whether its probability is right there, and whether the entropy of that probability tells wrong voxels from right ones.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from monai.bundle import ConfigParser
 from monai.data import MetaTensor
-from monai.metrics import compute_dice, compute_hausdorff_distance, compute_iou
+from monai.metrics import compute_dice, compute_hausdorff_distance, compute_iou, compute_surface_dice
 from monai.transforms import LoadImage
 from torch import Tensor, nn
 
@@ -45,6 +45,7 @@ from medsegdiff_monai.metrics import (
     hungarian_matched_iou,
     nested_masks,
 )
+from medsegdiff_monai.rows import SURFACE_TOLERANCE
 
 from .forward import parameters
 from .peers import CONFIGS, Peer, Training, finish, ours, segresnet, start, train_in_turns, unet
@@ -62,9 +63,13 @@ METHODS: dict[str, tuple[Callable[[ConfigParser], Peer], str | Mapping[str, Any]
     "trained in bfloat16": (ours, {"train#inferer#amp": True}),
 }
 SMALL = {"roi_size": [64, 64], "channels": [16, 32, 64, 96]}
-SETS: dict[str, tuple[str, dict[str, Any]]] = {
+LARGE = {**SMALL, "roi_size": [128, 128]}
+DISCS = {"in_channels": 3, "regions": {"disc": [1, 2], "cup": [2]}}
+SETS: dict[str, tuple[str, dict[str, Any]]] = {  # by folder and, after a comma, what is special
     "LGG_MRI": ("lgg_mri", SMALL),
-    "DRISHTI_roi": ("generic_2d", {"in_channels": 3, "regions": {"disc": [1, 2], "cup": [2]}, **SMALL}),
+    "LGG_MRI, 128": ("lgg_mri", LARGE),
+    "DRISHTI_roi": ("generic_2d", {**DISCS, **SMALL}),
+    "DRISHTI_roi, 128": ("generic_2d", {**DISCS, **LARGE}),
     "TG3K_thyroid": ("generic_2d", {"in_channels": 1, "num_classes": 1, **SMALL}),
     "Hippocampus3D": ("hippocampus", {}),
     "ACDC_slices": (
@@ -74,8 +79,7 @@ SETS: dict[str, tuple[str, dict[str, Any]]] = {
             "num_classes": 3,
             "regions": {"right ventricle": [1], "myocardium": [2], "left ventricle": [3]},
             "fit": "crop",
-            "roi_size": [128, 128],
-            "channels": [16, 32, 64, 96],
+            **LARGE,
         },
     ),
 }
@@ -95,7 +99,8 @@ def configure(
         files.append(CONFIGS / "variants" / f"{variant}.json")
     parser = ConfigParser()
     parser.read_config([str(file) for file in files])
-    more = {"bundle_root": str(ROOT / "bundle"), "dataset_dir": str(data_root / data), "device": "cpu", "seed": seed}
+    folder = str(data_root / data.split(",")[0])
+    more = {"bundle_root": str(ROOT / "bundle"), "dataset_dir": folder, "device": "cpu", "seed": seed}
     own = variant if isinstance(variant, Mapping) else {}
     own = {key: value for key, value in own.items() if "#" not in key or key.startswith(f"{name}#")}
     parser.update({**settings, **more, "amp": False, **own})  # on any CPU, as the other methods
@@ -186,10 +191,13 @@ def summarise(found_cases: Iterable[Case], rated: Sequence[str] = (), drawn_toge
         mask, truth = case.masks
         spacing = case.output["label"].pixdim.tolist() if mask.ndim == 5 else None
         distance = compute_hausdorff_distance(mask, truth, include_background=True, percentile=95, spacing=spacing)
+        tolerance = [SURFACE_TOLERANCE] * mask.shape[1]
+        near = compute_surface_dice(mask, truth, tolerance, include_background=True, spacing=spacing)
         found = {
             "dice": compute_dice(mask, truth, ignore_empty=False)[0].tolist(),
             "iou": compute_iou(mask, truth, ignore_empty=False)[0].tolist(),
             "hd95": distance[0].tolist(),
+            "nsd": near[0].tolist(),
             **calibration(case.output["prob"].as_tensor(), mask[0] > 0.5, truth[0] > 0.5),
         }
         if rated:
@@ -218,9 +226,11 @@ def add_slice(volumes: dict[str, Tensor], name: str, mask: Tensor, truth: Tensor
 def calibration(probability: Tensor, mask: Tensor, truth: Tensor) -> dict[str, list[float]]:
     """Whether probabilities can be trusted, everywhere and near the contours; all (classes, *spatial)."""
     band = boundary_band(mask, truth, BAND)
+    missed = (probability - truth.to(probability)).square() * band
     return {
         "ece": expected_calibration_error(probability, truth).tolist(),
         "ece_band": expected_calibration_error(probability, truth, where=band).tolist(),
+        "brier": (missed.flatten(1).sum(1) / band.flatten(1).sum(1)).tolist(),
         "auroc": error_auroc(binary_entropy(probability), mask != truth, band).tolist(),
     }
 
@@ -252,7 +262,7 @@ def run(
     """Evaluate a trained method on a data set; returns the line of the results file."""
     module, iterations = finish(training, file)
     config = configure("evaluate", data, options.data_root, seed, METHODS[method][1])
-    scores = evaluate(config, partial(peer.segment, module), data == "DRISHTI_roi", peer.drawn_together)
+    scores = evaluate(config, partial(peer.segment, module), data.startswith("DRISHTI"), peer.drawn_together)
     how = {"iterations": iterations, "learning_rate": training.lr}
     return {**known(data, method, seed, options), **how, **describe(config, module, peer.passes), **scores}
 

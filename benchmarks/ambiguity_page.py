@@ -48,7 +48,9 @@ one thread: AdamW, a learning rate that falls by a half cosine, clipped gradient
 about as many parameters, unless the table says otherwise. Learning rates were chosen at 64×64: at 128×128, five U-Nets
 mark next to nothing after a fifth of the time each. At 64×64 the other methods ran in turns; ours ran by itself a day
 later, after its warm start and its network had changed; "mask objective" has the former, dearer network. At 128×128 all
-ran in turns.
+ran in turns. On a GPU (`--device cuda`) they trained side by side on one card, each by a process of its own, in
+bfloat16 and for the same time by the clock; the CPU scored them in single precision. Two of three trainings of the
+Probabilistic U-Net ended in NaN there.
 
 - **ours**: this bundle, with the objective `ensemble`; one step for each mask, unless the row says otherwise.
 - **mask objective**: the same network with the objective `mask`, Dice + BCE of single masks of a radiologist who is
@@ -108,10 +110,12 @@ def section(rows: list[dict[str, Any]], bounds: list[dict[str, Any]], methods: S
     """All methods at one size and time, between what no method can and what none should do."""
     first, groups = rows[0], ordered(rows, methods)
     made = {name: " and ".join(sorted({str(row[name]) for row in rows})) for name in ("torch", "monai", "date")}
+    cards = f" on {' and '.join(sorted({row['card'] for row in rows}))}" if "card" in first else ""
     sets = sorted({row["train_num_members"] for row in rows if "train_num_members" in row})
     k = f", K = {' and '.join(map(str, sets))} for ours" if sets else ""
+    how = f"{first['seconds']:g} s{cards}"
     return [
-        f"## {first['size']}×{first['size']}, {first['seconds']:g} s: {first['cases']} slices ({first['split']})",
+        f"## {first['size']}×{first['size']}, {how}: {first['cases']} slices ({first['split']})",
         "",
         f"Batches of {' and '.join(sorted({str(row['batch_size']) for row in rows}))}{k}; torch {made['torch']}, "
         f"MONAI {made['monai']}; {made['date']}.",
@@ -156,9 +160,12 @@ def write(results: Path, methods: Sequence[str], page: Path, figure: Path) -> No
     if figure.is_file():
         path = Path(os.path.relpath(figure, page.parent)).as_posix()
         text += CAPTION.format(figure=path, masks=MASKS).splitlines()
-    for size, seconds, split in dict.fromkeys((row["size"], row["seconds"], row["split"]) for row in rows):
-        same = [row for row in lines if (row["size"], row["split"]) == (size, split)]
-        some, bounds = ([row for row in same if row["seconds"] == time] for time in (seconds, 0))
+
+    def run(row: dict[str, Any]) -> tuple:
+        return row["size"], row["split"], row["seconds"], row.get("device")
+
+    for size, split, *how in dict.fromkeys(map(run, rows)):
+        some, bounds = ([row for row in lines if run(row) == (size, split, *made)] for made in (how, (0, None)))
         text += ["", *section(some, bounds, methods)]
     if shipped:
         text += ["", *of_the_bundle(shipped[-1])]

@@ -35,8 +35,10 @@ SCORES = {
     "dice_volume": "Dice of volumes",
     "iou": "IoU",
     "hd95": "HD95",
+    "nsd": "NSD",
     "ece": "ECE",
     "ece_band": "ECE in the band",
+    "brier": "Brier in the band",
     "auroc": "AUROC in the band",
     "ged": "GED*",  # with each member's distance to itself, as measured until November 2026
     "ged_unbiased": "unbiased GED*",

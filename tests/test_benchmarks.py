@@ -459,6 +459,7 @@ def test_calibration_near_the_contours():
     found = accuracy.calibration(probability, mask, truth)
     assert found["auroc"] == [1] and found["ece"] == pytest.approx([(6 * 0.1 + 0.6) / 12])
     assert found["ece_band"] == pytest.approx([(3 * 0.1 + 0.6) / 7])  # columns 3 to 9
+    assert found["brier"] == pytest.approx([(3 * 0.1**2 + 0.6**2) / 7])
 
 
 def test_runs_with_another_objective_take_the_place_of_older_ones():
