@@ -36,6 +36,7 @@ from monai.metrics import compute_dice, compute_hausdorff_distance, compute_iou,
 from monai.transforms import LoadImage
 from torch import Tensor, nn
 
+from medsegdiff_monai import __version__
 from medsegdiff_monai.fusion import binary_entropy
 from medsegdiff_monai.metrics import (
     boundary_band,
@@ -62,6 +63,8 @@ METHODS: dict[str, tuple[Callable[[ConfigParser], Peer], str | Mapping[str, Any]
     "mask objective": (ours, {"objective": "mask"}),  # Dice + BCE of single masks
     "trained in bfloat16": (ours, {"train#inferer#amp": True}),
 }
+FIRST_VERSION = "0.1.0"
+CHOSEN: dict[tuple[str, str], float] = {}  # learning rates by data set and method, see the lines with ``split``
 SMALL = {"roi_size": [64, 64], "channels": [16, 32, 64, 96]}
 LARGE = {**SMALL, "roi_size": [128, 128]}
 DISCS = {"in_channels": 3, "regions": {"disc": [1, 2], "cup": [2]}}
@@ -245,8 +248,9 @@ def _mean(values: list[list[float]]) -> list[float]:
 def prepared(data: str, method: str, seed: int, options: argparse.Namespace) -> tuple[Peer, Training, Path]:
     """Return a method, its training, and the file of its weights."""
     build, variant = METHODS[method]
-    peer, training = start(build, configure("train", data, options.data_root, seed, variant), options.seconds)
-    name = " ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in known(data, method, seed, options).values())
+    config, run = configure("train", data, options.data_root, seed, variant), known(data, method, seed, options)
+    peer, training = start(build, config, options.seconds, run["learning_rate"])
+    name = " ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in run.values())
     return peer, training, options.work_dir / f"{name}.pt"
 
 
@@ -262,8 +266,9 @@ def run(
     """Evaluate a trained method on a data set; returns the line of the results file."""
     module, iterations = finish(training, file)
     config = configure("evaluate", data, options.data_root, seed, METHODS[method][1])
+    config.update({"eval_split": options.split})
     scores = evaluate(config, partial(peer.segment, module), data.startswith("DRISHTI"), peer.drawn_together)
-    how = {"iterations": iterations, "learning_rate": training.lr}
+    how = {"iterations": iterations}
     return {**known(data, method, seed, options), **how, **describe(config, module, peer.passes), **scores}
 
 
@@ -302,13 +307,17 @@ def known(data: str, method: str, seed: int, options: argparse.Namespace) -> dic
     """The key of a run of one of the methods."""
     build, variant = METHODS[method]
     config = configure("train", data, options.data_root, seed, variant)
-    return key(data, method, seed, options.seconds, config.get_parsed_content("objective") if build is ours else None)
+    run = key(data, method, seed, options.seconds, config.get_parsed_content("objective") if build is ours else None)
+    rate = options.learning_rate or CHOSEN.get((data, method)) or build(config).learning_rate or config["learning_rate"]
+    split = {} if options.split is None else {"split": options.split}
+    return {**run, "learning_rate": rate, **split, "version": __version__}
 
 
 def is_known(results: Path, known: dict[str, Any]) -> bool:
-    """Whether the results file has a run."""
+    """Whether the results file has a run; lines without a version are of the first one."""
     lines = results.read_text().splitlines() if results.is_file() else []
-    return any(json.loads(line).items() >= known.items() for line in lines)
+    rows = ({"version": FIRST_VERSION, **json.loads(line)} for line in lines)
+    return any(row.items() >= known.items() and row.get("split") == known.get("split") for row in rows)
 
 
 def append(results: Path, row: dict[str, Any]) -> None:
@@ -327,6 +336,8 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--seconds", type=float, default=180, help="CPU time of each training")
+    parser.add_argument("--learning_rate", type=float, help="first one; by default that of the method")
+    parser.add_argument("--split", choices=["validation"], help="to choose settings by: held-out cases of the training")
     parser.add_argument("--shipped", type=float, help="score the weights in the bundle, trained for so many seconds")
     parser.add_argument("--work_dir", type=Path, default=WORK)
     parser.add_argument("--results", type=Path, default=RESULTS)

@@ -18,7 +18,7 @@ import datetime
 import hashlib
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -31,6 +31,7 @@ from monai.metrics import compute_dice
 from monai.utils import set_determinism
 from torch import Tensor, nn
 
+from medsegdiff_monai import __version__
 from medsegdiff_monai.inferers import ANTITHETIC
 from medsegdiff_monai.metrics import boundary_band, expected_calibration_error, iou_matrix, rater_scores
 
@@ -196,10 +197,19 @@ def evaluate(
         **means(table),
         **({"groups": by_group} if by_group else {}),
         "ece_band": round(float(expected_calibration_error(*near)), 5),
+        "ged_of_patients": of_patients([row["ged"] for row in rows], crops.patients),
         "members": len(members),
         "cases": len(crops),
         "seconds_per_image": round(statistics.median(times), 5),
     }
+
+
+def of_patients(values: list[float], patients: Sequence[str]) -> dict[str, list[float]]:
+    """The values of each patient's slices: patients, not slices, are independent of each other."""
+    found: dict[str, list[float]] = {}
+    for value, patient in zip(values, patients):
+        found.setdefault(patient, []).append(round(value, 4))
+    return found
 
 
 BOUNDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -213,9 +223,12 @@ BOUNDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 def key(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     """What tells one run from another; bounds have no training."""
-    seconds = 0 if name in BOUNDS else options.seconds
-    run = {"method": name, "seed": seed, "size": options.size, "seconds": seconds, "split": options.split}
-    return run if options.device == "cpu" or name in BOUNDS else {**run, "device": options.device}
+    run = {"method": name, "seed": seed, "size": options.size, "split": options.split}
+    if name in BOUNDS:
+        return {**run, "seconds": 0}
+    rate = METHODS.get(name, METHODS["ours"]).learning_rate  # other names are of ours, with a number of steps
+    on = {} if options.device == "cpu" else {"device": options.device}
+    return {**run, "seconds": options.seconds, "learning_rate": rate, **on, "version": __version__}
 
 
 def rows_of(name: str, options: argparse.Namespace) -> dict[str, int]:
@@ -233,7 +246,6 @@ def runs(name: str, seed: int, some: list[Part], crops: Crops, options: argparse
     how = {
         "iterations": iterations,
         "parameters_m": round(sum(map(parameters, networks)), 4),
-        "learning_rate": method.learning_rate,
         "batch_size": config["batch_size"],
         **({} if options.device == "cpu" else {"card": some[0].training.card}),
         **({"train_num_members": config["train_num_members"]} if name == "ours" else {}),

@@ -89,6 +89,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=180, help="of training, as given to benchmarks.accuracy")
     parser.add_argument("--work_dir", type=Path, default=WORK)
     parser.add_argument("--output_dir", type=Path, default=ROOT / "docs" / "figures")
+    parser.set_defaults(learning_rate=None, split=None)
     options = parser.parse_args()
     options.output_dir.mkdir(parents=True, exist_ok=True)
     for data in options.data:

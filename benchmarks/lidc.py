@@ -6,7 +6,7 @@ The pictures are of LIDC-IDRI (CC BY 3.0); see the ``SOURCE.md`` beside them.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,10 +30,12 @@ class Crops:
     Attributes:
         images: (slices, 1, size, size), normalised as the bundle does.
         raters: boolean (slices, radiologists, size, size).
+        patients: of each slice.
     """
 
     images: Tensor
     raters: Tensor
+    patients: Sequence[str]
 
     def __len__(self) -> int:
         return len(self.images)
@@ -66,7 +68,7 @@ def load(data_root: Path, split: str, size: int) -> Crops:
     normalize = NormalizeImaged(keys="image")
     images = [torch.as_tensor(normalize({"image": crop(item["image"])[None].float()})["image"]) for item in items]
     raters = [torch.stack([crop(file) > 0 for file in item["labels"]]) for item in items]
-    return Crops(torch.stack(images), torch.stack(raters))
+    return Crops(torch.stack(images), torch.stack(raters), [item["patient"] for item in items])
 
 
 class Batches:

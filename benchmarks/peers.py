@@ -305,11 +305,13 @@ class Training:
         self.optimizer.load_state_dict(state["optimizer"])
 
 
-def start(build: Callable[[ConfigParser], Peer], parser: ConfigParser, seconds: float) -> tuple[Peer, Training]:
-    """Return a method and its training, as a config describes them."""
+def start(
+    build: Callable[[ConfigParser], Peer], parser: ConfigParser, seconds: float, rate: float | None = None
+) -> tuple[Peer, Training]:
+    """Return a method and its training, as a config describes them, with another learning rate where one is given."""
     set_determinism(parser["seed"])
     peer = build(parser)
-    rate = peer.learning_rate or parser["learning_rate"]
+    rate = rate or peer.learning_rate or parser["learning_rate"]
     return peer, Training(peer, parser.get_parsed_content("train#dataloader"), seconds, rate)
 
 

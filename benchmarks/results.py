@@ -57,14 +57,14 @@ def spread(values: Iterable[float], digits: int = 3) -> str:
     return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
-def row(runs: list[dict[str, Any]], scores: list[str]) -> str:
+def row(name: str, runs: list[dict[str, Any]], scores: list[str]) -> str:
     """One method on one data set; the scores of several classes are separated by a comma."""
     first = runs[0]
     iterations = "" if "iterations" not in first else f"{statistics.mean(run['iterations'] for run in runs):.0f}"
     rate = " and ".join(
         f"{rate:g}" for rate in sorted({run["learning_rate"] for run in runs if "learning_rate" in run})
     )
-    cells = [first["method"], f"{first['parameters_m']:.2f}", rate, iterations]
+    cells = [name, f"{first['parameters_m']:.2f}", rate, iterations]
     cells += [str(first["passes"]), f"{first['seconds_per_image']:.3f}"]
     cells.append(spread(statistics.mean(run["dice"]) for run in runs))
     for score in scores:
@@ -90,9 +90,20 @@ def table(data: str, runs: list[dict[str, Any]]) -> list[str]:
         "| " + " | ".join(head) + " |",
         "|" + " --- |" * len(head),
     ]
-    order = [*METHODS, *sorted({run["method"] for run in runs} - METHODS.keys())]
-    groups = {method: [run for run in runs if run["method"] == method] for method in order}
-    return [*lines, *(row(group, scores) for group in groups.values() if group), "", *differences(groups)]
+    groups = by_method(runs)
+    return [*lines, *(row(name, group, scores) for name, group in groups.items()), "", *differences(groups)]
+
+
+def by_method(runs: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The runs of each method, which is named with its learning rate where it has several."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for method in [*METHODS, *sorted({run["method"] for run in runs} - METHODS.keys())]:
+        some = [run for run in runs if run["method"] == method]
+        rates = sorted({run.get("learning_rate", 0.0) for run in some}, reverse=True)
+        for rate in rates:
+            name = method if len(rates) == 1 else f"{method}, rate {rate:g}"
+            groups[name] = [run for run in some if run.get("learning_rate", 0.0) == rate]
+    return groups
 
 
 def differences(groups: dict[str, list[dict[str, Any]]]) -> list[str]:
@@ -109,9 +120,24 @@ def differences(groups: dict[str, list[dict[str, Any]]]) -> list[str]:
     lines = ["| ours minus | mean difference of Dice over cases, 95 % interval | cases |", "|" + " --- |" * 3]
     for name, dice in means.items():
         found = np.array([ours[case] - dice[case] for case in ours])
-        low, high = bootstrap((found,), np.mean, method="percentile", rng=np.random.default_rng(0)).confidence_interval
-        lines.append(f"| {name} | {found.mean():+.3f} ({low:+.3f} to {high:+.3f}) | {len(found)} |")
+        lines.append(f"| {name} | {interval(found, np.ones(len(found)))} | {len(found)} |")
     return [*lines, ""]
+
+
+def interval(sums: np.ndarray, numbers: np.ndarray) -> str:
+    """A mean and its 95 % interval, by bootstrap over what is independent of each other.
+
+    Args:
+        sums: of the values of each case or patient.
+        numbers: of these values.
+    """
+
+    def mean(sums: np.ndarray, numbers: np.ndarray, axis: int = -1) -> np.ndarray:
+        return sums.sum(axis) / numbers.sum(axis)
+
+    found = bootstrap((sums, numbers), mean, paired=True, method="percentile", rng=np.random.default_rng(0))
+    low, high = found.confidence_interval
+    return f"{mean(sums, numbers):+.3f} ({low:+.3f} to {high:+.3f})"
 
 
 def beside_paper(runs: list[dict[str, Any]]) -> str:
@@ -187,6 +213,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results.md")
     options = parser.parse_args()
     runs = current([json.loads(line) for line in options.results.read_text().splitlines()])
+    runs = [run for run in runs if "split" not in run]
     text = (ROOT / "benchmarks" / "results_text.md").read_text(encoding="utf-8")
     options.output.parent.mkdir(parents=True, exist_ok=True)
     parts = {"tables": tables, "paper": beside_paper, "failures": failures, "sha256": digest, "tried": tried}

@@ -296,7 +296,7 @@ def make_lidc(folder, side=24):
             for name, array in files.items():
                 Image.fromarray(array).save(root / name)
             first, *others = files
-            lists[split].append({"image": first, "labels": others})
+            lists[split].append({"image": first, "labels": others, "patient": f"{split} {i // 2}"})
     write_json(root, **lists)
     return folder
 
@@ -326,6 +326,9 @@ def test_ambiguity_scores_each_method_and_writes_it_down(tmp_path, monkeypatch):
     scored = next(line for line in text.splitlines() if line.startswith("| SSN")).split(" | ")
     assert scored[1].split(" ± ")[0] == f"{sum(runs['SSN', seed]['ged'] for seed in (0, 1)) / 2:.3f}"
     assert "GED16 ↓" in text and "16×16, 0.3 s: 6 slices (test)" in text and "CC BY 3.0" in text and "(f.png)" in text
+    difference = sum((runs["ours", seed]["ged"] - runs["SSN", seed]["ged"]) / 2 for seed in (0, 1))
+    told = [line.split() for line in text.splitlines() if line.startswith("| SSN")]
+    assert float(told[-1][3]) == pytest.approx(difference, abs=6e-4) and len(told) == 3
     assert text.count("| bound: perfect majority mask |") == 1 and picture.read_bytes().startswith(b"\x89PNG")
 
     # what is there is not repeated; what is taken out is scored again from the weights, as it was
@@ -366,7 +369,8 @@ def test_crops_are_augmented_with_their_raters(tmp_path):
 
 def test_each_pass_over_the_crops_has_each_of_them_once():
     numbers = torch.arange(8.0)
-    crops = lidc.Crops(numbers.view(8, 1, 1, 1).expand(8, 1, 4, 4), torch.zeros(8, 4, 4, 4, dtype=torch.bool))
+    raters = torch.zeros(8, 4, 4, 4, dtype=torch.bool)
+    crops = lidc.Crops(numbers.view(8, 1, 1, 1).expand(8, 1, 4, 4), raters, ["a"] * 8)
     batches = lidc.Batches(crops, 2, seed=0)
     batches.augment = lambda batch: batch
     orders = [torch.cat([batch["image"][:, 0, 0, 0] for batch in batches]) for _ in range(2)]
@@ -460,6 +464,14 @@ def test_calibration_near_the_contours():
     assert found["auroc"] == [1] and found["ece"] == pytest.approx([(6 * 0.1 + 0.6) / 12])
     assert found["ece_band"] == pytest.approx([(3 * 0.1 + 0.6) / 7])  # columns 3 to 9
     assert found["brier"] == pytest.approx([(3 * 0.1**2 + 0.6**2) / 7])
+
+
+def test_intervals_are_of_what_is_independent():
+    values = np.random.default_rng(1).normal(0.5, 1.0, 400)
+    centre, low, high = (float(n) for n in re.findall(r"[-+][\d.]+", results.interval(values, np.ones(400))))
+    assert low < centre < high and high - low == pytest.approx(2 * 1.96 / 20, rel=0.15)
+    alone, twice = results.interval(values, np.ones(400)), results.interval(2 * values, 2 * np.ones(400))
+    assert twice == alone  # two equal slices of each patient tell no more than one
 
 
 def test_runs_with_another_objective_take_the_place_of_older_ones():
