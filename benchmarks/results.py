@@ -12,6 +12,7 @@ import argparse
 import csv
 import json
 import math
+import re
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
@@ -45,6 +46,7 @@ SCORES = {
     "matched_iou": "matched IoU*",
 }
 OURS = "+ FF-Parser"
+PATIENT = re.compile(r"TCGA_[^_]+_[^_]+|patient\d+|.*")  # in the names of LGG_MRI and ACDC_slices; else a case is one
 DIGITS = {"hd95": 1, "ece": 4}
 
 
@@ -107,7 +109,7 @@ def by_method(runs: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 
 
 def differences(groups: dict[str, list[dict[str, Any]]]) -> list[str]:
-    """How much better ours is than each other method, case by case, with 95 % intervals by bootstrap over cases."""
+    """How much better ours is than each other method, case by case, with 95 % intervals by bootstrap over patients."""
     known = {name: [run["dice_of_cases"] for run in runs if "dice_of_cases" in run] for name, runs in groups.items()}
     means = {
         name: {case: statistics.mean(dice[case] for dice in runs) for case in runs[0]}
@@ -117,10 +119,13 @@ def differences(groups: dict[str, list[dict[str, Any]]]) -> list[str]:
     ours = means.pop(OURS, None)
     if not ours or not means or len(ours) < 2:
         return []
-    lines = ["| ours minus | mean difference of Dice over cases, 95 % interval | cases |", "|" + " --- |" * 3]
+    lines = ["| ours minus | mean difference of Dice over cases, 95 % interval | cases | drawn |", "|" + " --- |" * 4]
     for name, dice in means.items():
-        found = np.array([ours[case] - dice[case] for case in ours])
-        lines.append(f"| {name} | {interval(found, np.ones(len(found)))} | {len(found)} |")
+        patients: dict[str, list[float]] = {}
+        for case in ours:
+            patients.setdefault(PATIENT.match(case)[0], []).append(ours[case] - dice[case])
+        sums, numbers = (np.array([of(values) for values in patients.values()]) for of in (sum, len))
+        lines.append(f"| {name} | {interval(sums, numbers)} | {len(ours)} | {len(patients)} |")
     return [*lines, ""]
 
 
