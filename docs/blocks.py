@@ -85,7 +85,7 @@ def ambiguity() -> str:
     rows.append(["difference in the first row, 95 % interval", "", *differences])
     rows.append(["seeds", *(str(len(some)) for some in by_method.values())])
     told = f"{ours[0]['cases']} test slices of {ours[0]['size']}×{ours[0]['size']}, {ours[0]['members']} masks each"
-    return f"{_table(rows)}\n\n{told}; {ours[0]['seconds']:g} s of training on one {ours[0]['card']}."
+    return f"{_table(rows)}\n\n{told}; {ours[0]['seconds']:g} s of training, all side by side on one {ours[0]['card']}."
 
 
 def accuracy() -> str:

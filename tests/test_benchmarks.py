@@ -512,12 +512,21 @@ def test_differences_between_methods_are_paired_by_case():
         return [{"dice_of_cases": {case: dice + more + seed for case, dice in cases.items()}} for seed in (-0.01, 0.01)]
 
     lines = results.differences({"+ FF-Parser": runs(0.05), "MONAI UNet": runs(0.0), "old": [{"dice": [0.5]}]})
-    assert lines[2:] == ["| MONAI UNet | +0.050 (+0.050 to +0.050) | 10 |", ""]
+    assert lines[2:] == ["| MONAI UNet | +0.050 (+0.050 to +0.050) | 10 | 10 |", ""]
     worse = {case: dice + 0.2 * (i % 2) for i, (case, dice) in enumerate(cases.items())}
     (line,) = results.differences({"+ FF-Parser": runs(0.0), "MONAI UNet": [{"dice_of_cases": worse}]})[2:-1]
     low, high = map(float, re.findall(r"[(]([-+.0-9]+) to ([-+.0-9]+)", line)[0])
     assert low < -0.1 < high < 0 and "| -0.100 (" in line
     assert results.differences({"MONAI UNet": runs(0.0)}) == []
+
+
+@pytest.mark.parametrize("first", ["TCGA_CS_4943_20000902", "patient015_frame01"])
+def test_images_of_a_patient_are_drawn_together(first):
+    """Ten images of one patient and one of another: the interval reaches from the one's mean to the other's."""
+    cases = {**{f"{first}_{i}": 0.5 for i in range(10)}, "other": 0.1}
+    none = {case: 0.0 for case in cases}
+    runs = {"+ FF-Parser": [{"dice_of_cases": cases}], "MONAI UNet": [{"dice_of_cases": none}]}
+    assert results.differences(runs)[2] == "| MONAI UNet | +0.464 (+0.100 to +0.500) | 11 | 2 |"
 
 
 def test_ambiguity_scores_the_weights_of_the_bundle_by_group(tmp_path, monkeypatch):
