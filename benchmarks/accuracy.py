@@ -266,7 +266,9 @@ def run(
     """Evaluate a trained method on a data set; returns the line of the results file."""
     module, iterations = finish(training, file)
     config = configure("evaluate", data, options.data_root, seed, METHODS[method][1])
-    config.update({"eval_split": options.split})
+    if options.split:
+        splits = configure("train", data, options.data_root, seed).get_parsed_content("splits")
+        config["datalist"] = splits[options.split]
     scores = evaluate(config, partial(peer.segment, module), data.startswith("DRISHTI"), peer.drawn_together)
     how = {"iterations": iterations}
     return {**known(data, method, seed, options), **how, **describe(config, module, peer.passes), **scores}

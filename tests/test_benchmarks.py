@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -30,6 +31,7 @@ from benchmarks import (
     training,
     windows,
 )
+from medsegdiff_monai import __version__
 from medsegdiff_monai.objective import mask_loss
 
 from .conftest import CONFIGS, make_nifti_dataset, make_png_dataset, write_json
@@ -73,6 +75,16 @@ def test_accuracy_trains_each_method_once_and_scores_it(tmp_path, monkeypatch):
         assert len(row["dice_of_cases"]) == row["cases"] and "dice_volume" not in row
         values = row["dice_of_cases"].values()
         assert sum(values) / len(values) == pytest.approx(sum(row["dice"]) / classes, abs=1e-3)
+    chosen = tmp_path / "chosen.jsonl"
+    more = ["--data", "LGG_MRI", "--methods", "MONAI UNet", "--learning_rate", 0.05, "--split", "validation"]
+    call(monkeypatch, accuracy, *arguments, *more, "--results", chosen)
+    (row,) = [json.loads(line) for line in chosen.read_text().splitlines()]
+    training = json.loads((tmp_path / "LGG_MRI" / "dataset.json").read_text())["training"]
+    assert row["learning_rate"] == 0.05 and row["split"] == "validation" and row["version"] == __version__
+    assert row["dice_of_cases"].keys() < {Path(item["image"]).stem for item in training}
+    assert all(
+        known["dice_of_cases"].keys().isdisjoint(row["dice_of_cases"]) for known in rows if known["data"] == "LGG_MRI"
+    )
     size = {row["method"]: row["parameters_m"] for row in rows if row["data"] == "LGG_MRI"}
     assert size["plain DPM"] < size["+ dynamic conditioning"] < size["+ FF-Parser"]
     monkeypatch.setattr(accuracy, "run", lambda *_: pytest.fail("a run that is in the results was repeated"))
