@@ -18,6 +18,7 @@ import argparse
 import datetime
 import hashlib
 import json
+import math
 import re
 import statistics
 import time
@@ -316,10 +317,20 @@ def known(data: str, method: str, seed: int, options: argparse.Namespace) -> dic
 
 
 def is_known(results: Path, known: dict[str, Any]) -> bool:
-    """Whether the results file has a run; lines without a version are of the first one."""
+    """Whether the results file has a run; lines without a version are of the first one.
+
+    Raises:
+        SystemExit: for a line that an interrupted program has left unfinished.
+    """
     lines = results.read_text().splitlines() if results.is_file() else []
-    rows = ({"version": FIRST_VERSION, **json.loads(line)} for line in lines)
-    return any(row.items() >= known.items() and row.get("split") == known.get("split") for row in rows)
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = {"version": FIRST_VERSION, **json.loads(line)}
+        except json.JSONDecodeError:
+            raise SystemExit(f"{results}: line {number} is not whole: take it out.") from None
+        if row.items() >= known.items() and all(row.get(key) == known.get(key) for key in ("split", "device")):
+            return True
+    return False
 
 
 def append(results: Path, row: dict[str, Any]) -> None:
@@ -330,6 +341,14 @@ def append(results: Path, row: dict[str, Any]) -> None:
     print(line, flush=True)
 
 
+def positive(text: str) -> float:
+    """A number above 0, of the command line."""
+    number = float(text)
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} must be a number above 0")
+    return number
+
+
 def main() -> None:
     """Run what is missing, and append it to the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -337,9 +356,9 @@ def main() -> None:
     parser.add_argument("--data", nargs="+", choices=SETS, default=["LGG_MRI", "DRISHTI_roi"])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--seconds", type=float, default=180, help="CPU time of each training")
-    parser.add_argument("--learning_rate", type=float, help="first one; by default that of the method")
-    parser.add_argument("--split", choices=["validation"], help="to choose settings by: held-out cases of the training")
+    parser.add_argument("--seconds", type=positive, default=180, help="CPU time of each training")
+    parser.add_argument("--learning_rate", type=positive, help="at the start; by default the method's")
+    parser.add_argument("--split", choices=["validation"], help="score held-out training cases, to choose settings by")
     parser.add_argument("--shipped", type=float, help="score the weights in the bundle, trained for so many seconds")
     parser.add_argument("--work_dir", type=Path, default=WORK)
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -348,9 +367,18 @@ def main() -> None:
     if options.shipped:
         append(options.results, shipped(options))
         return
+    for data in options.data:
+        file = options.data_root / data.split(",")[0] / "dataset.json"
+        if not file.is_file():
+            raise SystemExit(f"{file}: is not there: give --data_root the folder that holds {file.parent.name}.")
+        if options.split in json.loads(file.read_text()):
+            raise SystemExit(f"{file}: its list {options.split} is what is scored: nothing may be chosen by it.")
     for seed in options.seeds:  # all sets get a first figure before any gets a second
         for data in options.data:
             todo = [m for m in options.methods if not is_known(options.results, known(data, m, seed, options))]
+            for method in options.methods:
+                if method not in todo:
+                    print(f"{data}, {method}, seed {seed}: is in {options.results}.", flush=True)
             started = {method: prepared(data, method, seed, options) for method in todo}
             train_in_turns({file: training for _, training, file in started.values() if not file.is_file()})
             for method, parts in started.items():

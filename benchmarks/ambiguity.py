@@ -35,8 +35,8 @@ from medsegdiff_monai import __version__
 from medsegdiff_monai.inferers import ANTITHETIC
 from medsegdiff_monai.metrics import boundary_band, expected_calibration_error, iou_matrix, rater_scores
 
-from .accuracy import BAND, ROOT, append, is_known
-from .ambiguity_page import draw, write
+from .accuracy import BAND, ROOT, append, is_known, positive
+from .ambiguity_page import PAIRED, draw, write
 from .forward import parameters
 from .lidc import Batches, Crops, load
 from .opponents import HAS_PROBABILISTIC_UNET, dropout_unet, probabilistic_unet
@@ -112,8 +112,8 @@ def parts(name: str, seed: int, crops: Crops, options: argparse.Namespace) -> li
         batches = Batches(crops, config["batch_size"], own)
         rate = method.learning_rate
         training = Training(peer, batches, options.seconds / method.nets, rate, options.device)
-        on = "" if options.device == "cpu" else f"{options.device} "
-        file = f"{name} {options.size} {on}{options.seconds:g} {seed} {i}.pt"
+        run = key(name, seed, options).values()
+        file = " ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in [*run, i]) + ".pt"
         made.append(Part(peer, training, options.work_dir / file))
     return made
 
@@ -197,7 +197,7 @@ def evaluate(
         **means(table),
         **({"groups": by_group} if by_group else {}),
         "ece_band": round(float(expected_calibration_error(*near)), 5),
-        "ged_of_patients": of_patients([row["ged"] for row in rows], crops.patients),
+        "of_patients": {key: of_patients([row[key] for row in rows], crops.patients) for key in PAIRED},
         "members": len(members),
         "cases": len(crops),
         "seconds_per_image": round(statistics.median(times), 5),
@@ -305,7 +305,9 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_root", type=Path, required=True, help="folder that holds LIDC4")
     parser.add_argument("--size", type=int, default=64, help="of the centre crops: 64, or 128 for the whole pictures")
-    parser.add_argument("--seconds", type=float, default=300, help="CPU time of each training; by the clock on a GPU")
+    parser.add_argument(
+        "--seconds", type=positive, default=300, help="CPU time of each training; by the clock on a GPU"
+    )
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="that trains; scored on the CPU")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))

@@ -14,10 +14,11 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from .accuracy import FIRST_VERSION
 from .lidc import Crops
 from .results import interval, spread
 
-__all__ = ["chosen", "difference", "draw", "write"]
+__all__ = ["PAIRED", "chosen", "difference", "draw", "write"]
 
 OURS = "ours"
 SLICES = 4
@@ -32,6 +33,7 @@ SCORES = {  # name, with the number of masks, and digits
     "ece_band": ("ECE in the band ↓", 3),
     "brier": ("Brier ↓", 4),
 }
+PAIRED = ("ged", "matched_iou")  # that are compared slice by slice
 GROUP_SCORES = {name: SCORES[name] for name in SCORES if name != "ece_band"}
 COSTS = {
     "passes": ("passes / image", 0),
@@ -51,8 +53,9 @@ about as many parameters, unless the table says otherwise. Learning rates were c
 mark next to nothing after a fifth of the time each. At 64×64 the other methods ran in turns; ours ran by itself a day
 later, after its warm start and its network had changed; "mask objective" has the former, dearer network. At 128×128 all
 ran in turns. On a GPU (`--device cuda`) they trained side by side on one card, each by a process of its own, in
-bfloat16, with torch 2.11.0+cu130 and for the same time by the clock; the CPU scored them in single precision. Two of
-three trainings of the Probabilistic U-Net ended in NaN there.
+bfloat16, with torch 2.11.0+cu130 and for the same time by the clock; the CPU scored them in single precision. The
+losses of SSN and the Probabilistic U-Net were in part in bfloat16 too, and two of three trainings of the latter ended
+in NaN; the U-Net has two.
 
 - **ours**: this bundle, with the objective `ensemble`; one step for each mask, unless the row says otherwise.
 - **mask objective**: the same network with the objective `mask`, Dice + BCE of single masks of a radiologist who is
@@ -71,7 +74,7 @@ each radiologist. **Dice of the mean**: of the mean of the probabilities, cut at
 radiologists marked; 1 where both are empty. **ECE in the band**: of that mean against the share of the radiologists, in
 all pixels within three of the contours of these two masks, of all slices together. **Brier**: of that mean against each
 radiologist. Seconds are CPU time for all masks of a slice, one thread, median. **Differences** are of the mean over the
-seeds; their intervals of 95 % are by bootstrap over patients.
+seeds; their intervals of 95 % are by bootstrap over patients and over the trainings of each method.
 """
 CAPTION = """
 ![Slices, the radiologists' outlines, and our masks]({figure})
@@ -131,25 +134,28 @@ def section(rows: list[dict[str, Any]], bounds: list[dict[str, Any]], methods: S
 
 def differences(groups: dict[str, list[dict[str, Any]]]) -> list[str]:
     """How much nearer to the raters ours is than each other method, by slices of the same images."""
-    told = {name: difference(groups.get(OURS, []), runs) for name, runs in groups.items() if name != OURS}
-    told = {name: found for name, found in told.items() if found}
-    if not told:
+    others = [name for name, runs in groups.items() if name != OURS and difference(groups.get(OURS, []), runs)]
+    if not others:
         return []
-    lines = ["| ours minus | mean difference of the GED over slices, 95 % interval |", "| --- | --- |"]
-    return [*lines, *(f"| {name} | {found} |" for name, found in told.items()), ""]
+    heads = [SCORES[key][0].format(16) for key in PAIRED]
+    lines = [f"| ours minus | {' | '.join(heads)} |", "|" + " --- |" * (1 + len(heads))]
+    for name in others:
+        found = [difference(groups[OURS], groups[name], key) for key in PAIRED]
+        lines.append(f"| {name} | {' | '.join(found)} |")
+    return [*lines, ""]
 
 
-def difference(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> str:
-    """The mean difference of the GED over slices, and its interval over patients; nothing where runs do not tell."""
-    mine, others = ([run["ged_of_patients"] for run in runs if "ged_of_patients" in run] for runs in (ours, theirs))
-    if not mine or not others:
+def difference(ours: list[dict[str, Any]], theirs: list[dict[str, Any]], key: str = "ged") -> str:
+    """The mean difference of a score over slices, and its interval; nothing where runs do not tell."""
+    mine, others = ([run["of_patients"][key] for run in runs if "of_patients" in run] for runs in (ours, theirs))
+    if not mine or not others or len(mine[0]) < 2 or any(run.keys() != mine[0].keys() for run in [*mine, *others]):
         return ""
     numbers = np.array([len(values) for values in mine[0].values()])
 
     def sums(runs: list[dict[str, list[float]]]) -> np.ndarray:
-        return np.array([statistics.mean(sum(run[patient]) for run in runs) for patient in mine[0]])
+        return np.array([[sum(run[patient]) for patient in mine[0]] for run in runs])
 
-    return interval(sums(mine) - sums(others), numbers)
+    return interval(sums(mine), sums(others), numbers)
 
 
 def of_the_bundle(row: dict[str, Any]) -> list[str]:
@@ -189,10 +195,11 @@ def write(results: Path, methods: Sequence[str], page: Path, figure: Path) -> No
         text += CAPTION.format(figure=path, masks=MASKS).splitlines()
 
     def run(row: dict[str, Any]) -> tuple:
-        return row["size"], row["split"], row["seconds"], row.get("device")
+        return row["size"], row["split"], row["seconds"], row.get("card"), row.get("version", FIRST_VERSION)
 
     for size, split, *how in dict.fromkeys(map(run, rows)):
-        some, bounds = ([row for row in lines if run(row) == (size, split, *made)] for made in (how, (0, None)))
+        bounds = [row for row in lines if run(row)[:3] == (size, split, 0)]
+        some = [row for row in lines if run(row) == (size, split, *how)]
         text += ["", *section(some, bounds, methods)]
     if shipped:
         text += ["", *of_the_bundle(shipped[-1])]

@@ -83,8 +83,8 @@ Written by `python -m benchmarks.full_size`. **None of these trainings has been 
 Multiply-accumulates and activations are counted on the configs. Assumed are a card of {TFLOPS} TFLOP/s in bfloat16 with
 {MEMORY} GB (an A100), of which a training uses {USED:.0%}; that a training step costs three forward passes, of the
 image once and of each of its masks; and that no step takes less than {LEAST * 1000:.0f} ms (an H200 needs about as
-much for the last network, see `results/gpu.md`, and half of it with `--compile true`). Loading of data and validation
-come on top. Memory is what a forward pass keeps, in bfloat16, for all masks of a batch, and {BYTES} bytes
+much for the last network, see `results/gpu.md`, and half of it in bfloat16 with `--compile true`). Loading of data and
+validation come on top. Memory is what a forward pass keeps, in bfloat16, for all masks of a batch, and {BYTES} bytes
 for each parameter. Where a batch would fill more than {FILLED:.0%} of the card, the command accumulates smaller ones.
 
 Each training shows about {SHOWN:,} images, as many as 100,000 iterations of batch 8. An interrupted one goes on with

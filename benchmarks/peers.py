@@ -300,6 +300,7 @@ class Training:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what an earlier run has left; the batches begin anew."""
         self.elapsed, self.random = state["elapsed"], state["random"]
+        self.peer.module.to(self.device)  # before the optimiser's state, which goes to where the weights are
         self.peer.module.load_state_dict(state["network"])
         self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])

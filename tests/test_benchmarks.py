@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from monai.bundle import ConfigParser
+from monai.data import MetaTensor
 from PIL import Image
 
 from benchmarks import (
@@ -66,7 +67,7 @@ def test_accuracy_trains_each_method_once_and_scores_it(tmp_path, monkeypatch):
     for row in rows:
         classes = 1 if row["data"] == "LGG_MRI" else 2
         assert all(len(row[k]) == classes and min(row[k]) >= 0 for k in ("dice", "iou", "ece"))
-        assert all(len(row[k]) == classes for k in ("ece_band", "auroc"))
+        assert all(len(row[k]) == classes for k in ("ece_band", "auroc", "brier", "nsd"))
         assert row["iterations"] >= 1 and row["passes"] == (1 if row["method"].startswith("MONAI") else 5)
         objectives = {"MONAI UNet": None, "MONAI SegResNet": None, "mask objective": "mask"}
         assert row.get("objective") == objectives.get(row["method"], "ensemble")
@@ -478,12 +479,50 @@ def test_calibration_near_the_contours():
     assert found["brier"] == pytest.approx([(3 * 0.1**2 + 0.6**2) / 7])
 
 
-def test_intervals_are_of_what_is_independent():
-    values = np.random.default_rng(1).normal(0.5, 1.0, 400)
-    centre, low, high = (float(n) for n in re.findall(r"[-+][\d.]+", results.interval(values, np.ones(400))))
+def test_surfaces_within_a_pixel_count_as_equal():
+    """A square that is moved by one pixel, and by three; there is one row of cases, and all have one class."""
+    truth = torch.zeros(1, 32, 32)
+    truth[:, 8:20, 8:20] = 1
+
+    def nsd(pixels: int) -> float:
+        mask = truth.roll(pixels, 1)
+        output = {"mask": MetaTensor(mask), "label": MetaTensor(truth), "prob": MetaTensor(mask)}
+        case = accuracy.Case({"case": "one", "label": ""}, truth, truth[None], output, 0.0)
+        return accuracy.summarise([case])["nsd"][0]
+
+    assert nsd(0) == nsd(1) == 1 > nsd(3) > 0
+
+
+def test_runs_are_told_apart_by_what_shaped_them(tmp_path):
+    file = tmp_path / "results.jsonl"
+    run = {"method": "ours", "seed": 0, "split": "test"}
+    accuracy.append(file, {**run, "device": "cuda", "dice": 0.5})
+    accuracy.append(file, {"method": "ours", "seed": 1, "split": "validation"})
+    assert accuracy.is_known(file, {**run, "device": "cuda", "version": accuracy.FIRST_VERSION})
+    assert not accuracy.is_known(file, run) and not accuracy.is_known(file, {"method": "ours", "seed": 1})
+    assert not accuracy.is_known(file, {**run, "device": "cuda", "version": "9.9"})
+    file.write_text(file.read_text() + '{"method": "ou')
+    with pytest.raises(SystemExit, match="line 3 is not whole: take it out"):
+        accuracy.is_known(file, run)
+
+
+def test_intervals_are_of_patients_and_trainings():
+    random = np.random.default_rng(1)
+
+    def interval(ours, theirs, each=1):
+        text = results.interval(each * ours, each * theirs, np.full(ours.shape[1], each))
+        return [float(number) for number in re.findall(r"[-+][\d.]+", text)]
+
+    values, nothing = random.normal(0.5, 1.0, (1, 400)), np.zeros((1, 400))
+    centre, low, high = interval(values, nothing)
     assert low < centre < high and high - low == pytest.approx(2 * 1.96 / 20, rel=0.15)
-    alone, twice = results.interval(values, np.ones(400)), results.interval(2 * values, 2 * np.ones(400))
-    assert twice == alone  # two equal slices of each patient tell no more than one
+    assert interval(values, nothing, each=2) == [centre, low, high]  # two equal slices of each patient tell no more
+
+    trainings = np.repeat(random.normal(0.5, 1.0, (40, 1)), 400, 1)  # equal for all patients
+    _, low, high = interval(trainings, nothing)
+    assert high - low == pytest.approx(2 * 1.96 * trainings[:, 0].std() / 40**0.5, rel=0.15)
+    paired = random.normal(0.0, 5.0, (1, 400))  # what makes patients differ is the same for both methods
+    assert interval(paired + 1, paired)[1:] == [1.0, 1.0]
 
 
 def test_runs_with_another_objective_take_the_place_of_older_ones():
@@ -517,18 +556,18 @@ def test_dice_of_a_volume_is_that_of_its_slices_together():
 
 
 def test_differences_between_methods_are_paired_by_case():
-    """Cases differ much, and methods by the same amount on each: the interval is that amount."""
+    """Cases differ much, and methods by the same amount on each: the interval is what the seeds make of that amount."""
     cases = {f"case {i}": i / 10 for i in range(10)}
 
     def runs(more: float) -> list[dict]:
         return [{"dice_of_cases": {case: dice + more + seed for case, dice in cases.items()}} for seed in (-0.01, 0.01)]
 
     lines = results.differences({"+ FF-Parser": runs(0.05), "MONAI UNet": runs(0.0), "old": [{"dice": [0.5]}]})
-    assert lines[2:] == ["| MONAI UNet | +0.050 (+0.050 to +0.050) | 10 | 10 |", ""]
+    assert lines[2:] == ["| MONAI UNet | +0.050 (+0.030 to +0.070) | 10 | 10 |", ""]
     worse = {case: dice + 0.2 * (i % 2) for i, (case, dice) in enumerate(cases.items())}
     (line,) = results.differences({"+ FF-Parser": runs(0.0), "MONAI UNet": [{"dice_of_cases": worse}]})[2:-1]
     low, high = map(float, re.findall(r"[(]([-+.0-9]+) to ([-+.0-9]+)", line)[0])
-    assert low < -0.1 < high < 0 and "| -0.100 (" in line
+    assert low < -0.1 < high <= 0 and "| -0.100 (" in line
     assert results.differences({"MONAI UNet": runs(0.0)}) == []
 
 
