@@ -479,6 +479,16 @@ def test_calibration_near_the_contours():
     assert found["brier"] == pytest.approx([(3 * 0.1**2 + 0.6**2) / 7])
 
 
+def test_weights_are_averaged_as_in_the_bundle():
+    """A short memory first, a long one later; numbers that are counted are copied."""
+    for count, share in ((0, 0.9), (90, 0.09), (10**6, 0.005)):
+        average, counted = torch.tensor([1.0, 2.0]), torch.tensor(3)
+        peers._ema([average], [torch.zeros(2)], torch.tensor(count))
+        peers._ema([counted], [torch.tensor(7)], torch.tensor(count))
+        torch.testing.assert_close(average, (1 - share) * torch.tensor([1.0, 2.0]))
+        assert counted == 7
+
+
 def test_surfaces_within_a_pixel_count_as_equal():
     """A square that is moved by one pixel, and by three; there is one row of cases, and all have one class."""
     truth = torch.zeros(1, 32, 32)
