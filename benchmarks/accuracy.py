@@ -67,6 +67,7 @@ METHODS: dict[str, tuple[Callable[[ConfigParser], Peer], str | Mapping[str, Any]
 FIRST_VERSION = "0.1.0"
 CHOSEN = {  # learning rates among 0.002, 0.005 and 0.01 by data set and method, see the lines with ``split``
     ("LGG_MRI", "MONAI UNet"): 0.005,
+    ("DRISHTI_roi", "MONAI UNet"): 0.005,
     ("TG3K_thyroid", "MONAI UNet"): 0.002,
 }
 SMALL = {"roi_size": [64, 64], "channels": [16, 32, 64, 96]}

@@ -87,7 +87,8 @@ def table(data: str, runs: list[dict[str, Any]]) -> list[str]:
     mean = "mean Dice of volumes" if any("dice_volume" in run for run in runs) else "mean Dice"
     head = ["method", "parameters, M", "learning rate", "iterations", "passes", "seconds / image", mean]
     head += [*(SCORES[s] for s in scores), "seeds"]
-    first = runs[0]
+    groups = by_method(runs)
+    first = next(iter(groups.values()))[0]
     names = list(SETS[data][1].get("regions") or {})
     lines = [
         f"### {data}: {first['seconds']:g} s of training, {first['cases']} cases, field {first['field']}",
@@ -99,7 +100,6 @@ def table(data: str, runs: list[dict[str, Any]]) -> list[str]:
         "| " + " | ".join(head) + " |",
         "|" + " --- |" * len(head),
     ]
-    groups = by_method(runs)
     compared = [] if data in DEPENDENT else differences(groups)
     return [*lines, *(row(name, group, scores) for name, group in groups.items()), "", *compared]
 
