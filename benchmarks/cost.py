@@ -103,7 +103,8 @@ def main() -> None:
         "# Cost of members",
         "",
         f"`python -m benchmarks.cost --rounds {options.rounds}`: one thread of {platform.machine()}, torch "
-        f"{torch.__version__}. One pass of MONAI's U-Net is 1; members come with mask, probability and both maps.",
+        f"{torch.__version__}. One pass of MONAI's U-Net, in the same precision, is 1; members come with mask, "
+        "probability and both maps.",
         "",
         f"| field | parameters of U-Net / ours, 10^6 | {' | '.join(f'members: {n}' for n in MEMBERS)} |",
         "|---|---|" + "---|" * len(MEMBERS),
