@@ -50,7 +50,7 @@ from medsegdiff_monai.metrics import (
 from medsegdiff_monai.rows import SURFACE_TOLERANCE
 
 from .forward import parameters
-from .peers import CONFIGS, Peer, Training, finish, ours, segresnet, start, train_in_turns, unet
+from .peers import CONFIGS, Peer, Training, finish, ours, segresnet, start, train_in_turns, unet, weights_name
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results.jsonl"
@@ -255,8 +255,7 @@ def prepared(data: str, method: str, seed: int, options: argparse.Namespace) -> 
     build, variant = METHODS[method]
     config, run = configure("train", data, options.data_root, seed, variant), known(data, method, seed, options)
     peer, training = start(build, config, options.seconds, run["learning_rate"])
-    name = " ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in run.values())
-    return peer, training, options.work_dir / f"{name}.pt"
+    return peer, training, options.work_dir / weights_name(*run.values())
 
 
 def trained(data: str, method: str, seed: int, options: argparse.Namespace) -> tuple[Peer, nn.Module, int]:

@@ -40,7 +40,7 @@ from .ambiguity_page import PAIRED, draw, write
 from .forward import parameters
 from .lidc import Batches, Crops, load
 from .opponents import HAS_PROBABILISTIC_UNET, dropout_unet, probabilistic_unet
-from .peers import CONFIGS, Peer, Training, finish, ours, train_in_turns, unet
+from .peers import CONFIGS, Peer, Training, finish, ours, train_in_turns, unet, weights_name
 from .ssn import ssn
 
 MEMBERS = 16
@@ -112,8 +112,7 @@ def parts(name: str, seed: int, crops: Crops, options: argparse.Namespace) -> li
         batches = Batches(crops, config["batch_size"], own)
         rate = method.learning_rate
         training = Training(peer, batches, options.seconds / method.nets, rate, options.device)
-        run = key(name, seed, options).values()
-        file = " ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in [*run, i]) + ".pt"
+        file = weights_name(*key(name, seed, options).values(), i)
         made.append(Part(peer, training, options.work_dir / file))
     return made
 

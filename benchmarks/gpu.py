@@ -179,7 +179,7 @@ def page(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     """Time what is missing, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--fields", nargs="+", choices=FIELDS, default=list(FIELDS))
     parser.add_argument("--methods", nargs="+", choices=BUILD, default=list(BUILD))
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
@@ -187,15 +187,16 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "gpu.jsonl")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "gpu.md")
     options = parser.parse_args()
-    if options.device.type == "cuda" and not torch.cuda.is_available():
+    device = torch.device(options.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
         raise SystemExit("there is no CUDA device: give --device cpu, which takes hours.")
     made = {"torch": torch.__version__, "monai": monai.__version__, "date": datetime.date.today().isoformat()}
     for mode in options.modes:
         for field in options.fields:
             for method in options.methods:
-                known = {"card": describe(options.device), "field": field, "mode": mode, "method": method}
+                known = {"card": describe(device), "field": field, "mode": mode, "method": method}
                 if not is_known(options.results, known):
-                    found = measure(method, FIELDS[field], mode, options.device, options.rounds)
+                    found = measure(method, FIELDS[field], mode, device, options.rounds)
                     append(options.results, {**known, "batch": FIELDS[field].batch, **found._asdict(), **made})
     rows = [json.loads(line) for line in options.results.read_text().splitlines()]
     write_atomically(options.output, page(rows).encode())

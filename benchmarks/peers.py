@@ -47,6 +47,7 @@ __all__ = [
     "start",
     "train_in_turns",
     "unet",
+    "weights_name",
 ]
 
 CONFIGS = Path(__file__).parent.parent / "bundle" / "configs"
@@ -351,6 +352,11 @@ def finish(training: Training, weights: Path) -> tuple[nn.Module, int]:
     module.load_state_dict(trained["model"])
     training.card = trained.get("card", "cpu")
     return module.eval(), trained["iterations"]
+
+
+def weights_name(*run: Any) -> str:
+    """The name of the file of weights of a run, from all that shaped it."""
+    return " ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in run) + ".pt"
 
 
 def save(content: dict[str, Any], file: Path) -> None:

@@ -127,7 +127,7 @@ def at_chosen_rate(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def differences(groups: dict[str, list[dict[str, Any]]]) -> list[str]:
     """How much better ours is than each other method, case by case, with 95 % intervals."""
     known = {name: [run["dice_of_cases"] for run in runs if "dice_of_cases" in run] for name, runs in groups.items()}
-    cases = next((set(runs[0]) for name, runs in known.items() if name == OURS and runs), set())
+    cases = set(known[OURS][0]) if known.get(OURS) else set()
     known = {name: runs for name, runs in known.items() if runs and all(set(run) == cases for run in runs)}
     patients: dict[str, list[str]] = {}
     for case in sorted(cases):

@@ -578,7 +578,7 @@ def test_differences_between_methods_are_paired_by_case():
     worse = {case: dice + 0.2 * (i % 2) for i, (case, dice) in enumerate(cases.items())}
     (line,) = results.differences({"+ FF-Parser": runs(0.0), "MONAI UNet": [{"dice_of_cases": worse}]})[2:-1]
     low, high = map(float, re.findall(r"[(]([-+.0-9]+) to ([-+.0-9]+)", line)[0])
-    assert low < -0.1 < high <= 0 and "| -0.100 (" in line
+    assert low < -0.1 < high < 0 and "| -0.100 (" in line
     assert results.differences({"MONAI UNet": runs(0.0)}) == []
 
 
