@@ -276,3 +276,15 @@ def test_the_page_works_in_a_browser(tmp_path: Path, width: int) -> None:
 def _tags(content: str, folder: Path) -> list[tuple[str, dict[str, str | None]]]:
     (folder / "seen.html").write_text(content, encoding="utf-8")
     return Page(folder / "seen.html").tags
+
+
+@pytest.mark.parametrize("scored", [True, False])
+def test_an_expected_dice_without_an_interval_is_called_a_rough_guess(tmp_path: Path, scored: bool) -> None:
+    rows = made_rows(3, ("disc",), scored)
+    fitted = [{**row, "expected_dice_low_disc": 0.3, "expected_dice_high_disc": 0.9} for row in rows]
+    for table, rough in ((rows, True), (fitted, False)):
+        page = Page(write_report(table, tmp_path, ["disc"]))
+        assert ("rough guess" in page.words) == rough
+        assert ("rough guess" in " ".join(summary_lines(table, ["disc"]))) == rough
+    unknown = [{"case": "a", "dice_disc": 0.5}]
+    assert "rough guess" not in " ".join(summary_lines(unknown, ["disc"]))

@@ -8,16 +8,26 @@ from pathlib import Path
 
 import numpy as np
 
+from ..grading import MIN_CASES
 from ..metrics import RATER_SCORES
-from .statistics import CLEANED, FAILED, ClassScores, Row, class_scores, mean_of, number, unit_of, was_cleaned
+from .statistics import CLEANED, FAILED, ClassScores, Row, class_scores, is_rough, mean_of, number, unit_of, was_cleaned
 
-__all__ = ["aligned", "caution", "summary_lines"]
+__all__ = ["aligned", "caution", "guess_note", "summary_lines"]
 
 CHOSE_WEIGHTS = (
     "These cases chose the weights and their calibration: expect somewhat lower scores on new cases. "
     "Report scores of a list that the training did not see."
 )
+ROUGH = (
+    "The expected Dice is a rough guess, usually too high: it was fitted on no labelled cases, or on fewer than "
+    f"{MIN_CASES}."
+)
 TRAINED = "The weights were trained on these cases: the scores say nothing of new ones."
+
+
+def guess_note(rows: Sequence[Row], names: Sequence[str]) -> str:
+    """What to keep in mind of the expected Dice, if anything."""
+    return ROUGH if is_rough(rows, names) else ""
 
 
 def caution(split: str | None, chose_weights: bool) -> str:
@@ -88,4 +98,5 @@ def summary_lines(
     flagged = sum(bool(row.get("flag")) for row in rows)
     if any("flag" in row for row in rows):
         lines.append(f"Flagged for review: {flagged or 'none'} of {cases}.")
+    lines += list(filter(None, [guess_note(rows, names)]))
     return lines + ([f"Report: {report}"] if report is not None else [])
