@@ -182,4 +182,4 @@ def _summarise(layout: Layout, content: dict[str, Any], output: Path) -> None:
         kinds = Counter(note.rsplit(":", 1)[-1].strip() for note in layout.notes[SHOWN:])
         print(*(f"  note: {n} more: {text}" for text, n in kinds.items()), sep="\n")
     print(f"Written: {output / 'dataset.json'}")
-    print(f"Next:    python -m medsegdiff_monai check --dataset {shlex.quote(str(output))} --write overlay.json")
+    print(f"Next:    medsegdiff train {shlex.quote(str(output))} --output_dir MODEL")
