@@ -42,7 +42,11 @@ class StochasticSegmentationNetwork(nn.Module):
 
     def forward(self, image: Tensor, num_samples: int) -> Tensor:
         """Draw logits of masks: (batch, samples, classes, *spatial)."""
-        features = F.relu(self.features(image))
+        features = F.relu(self.features(image)).float()
+        with torch.autocast(image.device.type, enabled=False):  # sums over all pixels need more digits than bfloat16's
+            return self._draw(features, num_samples)
+
+    def _draw(self, features: Tensor, num_samples: int) -> Tensor:
         mean, variance = self.mean(features), self.log_variance(features).exp() + EPS
         factor = self.factor(features).unflatten(1, (RANK, -1))
         size = (len(mean), num_samples)
@@ -63,7 +67,8 @@ def log_likelihood_loss(logits: Tensor, raters: Tensor) -> Tensor:
     """
     eta, y = logits.flatten(2), raters.flatten(2)
     # log p = y log sigmoid(eta) + (1 - y) log sigmoid(-eta) = y eta - softplus(eta)
-    log_p = eta @ y.mT - F.softplus(eta).sum(-1, keepdim=True)  # batch, samples, raters
+    with torch.autocast(logits.device.type, enabled=False):
+        log_p = eta @ y.mT - F.softplus(eta).sum(-1, keepdim=True)  # batch, samples, raters
     return (math.log(eta.shape[1]) - log_p.logsumexp(1)).mean() / eta.shape[2]
 
 

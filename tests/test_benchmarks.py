@@ -447,6 +447,19 @@ def test_likelihood_of_the_stochastic_segmentation_network_by_its_definition():
     assert far.isfinite()
 
 
+def test_likelihood_is_in_single_precision_under_autocast():
+    torch.manual_seed(0)
+    net = ssn.StochasticSegmentationNetwork(torch.nn.Identity(), 2, 1)
+    features, raters = torch.randn(2, ssn.FEATURES, 64, 64), (torch.rand(2, 4, 1, 64, 64) > 0.5).float()
+
+    def loss(amp: bool) -> torch.Tensor:
+        torch.manual_seed(1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+            return ssn.log_likelihood_loss(net(features, 5), raters)
+
+    torch.testing.assert_close(loss(True), loss(False))
+
+
 @pytest.mark.parametrize("name", ["UNet, MC dropout", "SSN", "Probabilistic U-Net"])
 def test_members_of_opponents_differ_and_are_those_of_their_image(name):
     if name not in ambiguity.METHODS:
