@@ -33,6 +33,7 @@ def main(picture: Path = PICTURE) -> None:
         right.plot(*column(name, "val_mean_dice"), marker=".")
         right.set(xlabel="epoch", ylabel="mean Dice, validation", title=title)
     figure.savefig(picture, dpi=80)
+    print(f"Written: {picture}")
 
 
 if __name__ == "__main__":

@@ -50,12 +50,15 @@ def load(data_root: Path, split: str, size: int) -> Crops:
         size: of the crops.
 
     Raises:
-        SystemExit: for a split that is not there, or crops larger than the pictures.
+        SystemExit: for data or a split that are not there, or crops larger than the pictures.
     """
     folder = data_root / NAME
-    items = json.loads((folder / "dataset.json").read_text()).get(split)
+    file = folder / "dataset.json"
+    if not file.is_file():
+        raise SystemExit(f"{file}: is not there: give --data_root the folder that holds {NAME}.")
+    items = json.loads(file.read_text()).get(split)
     if not items:
-        raise SystemExit(f"{folder / 'dataset.json'}: has no {split}.")
+        raise SystemExit(f"{file}: has no {split}.")
 
     def crop(file: str) -> Tensor:
         with Image.open(folder / file) as picture:

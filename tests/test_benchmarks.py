@@ -357,6 +357,8 @@ def test_ambiguity_scores_each_method_and_writes_it_down(tmp_path, monkeypatch):
         call(monkeypatch, ambiguity, "--data_root", tmp_path, "--size", 32)
     with pytest.raises(SystemExit, match="has no tset"):
         call(monkeypatch, ambiguity, "--data_root", tmp_path, "--size", 16, "--split", "tset")
+    with pytest.raises(SystemExit, match="nowhere.LIDC4.dataset.json: is not there"):
+        call(monkeypatch, ambiguity, "--data_root", tmp_path / "nowhere", "--size", 16)
 
 
 def test_crops_are_augmented_with_their_raters(tmp_path):
