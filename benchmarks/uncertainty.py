@@ -40,7 +40,7 @@ from medsegdiff_monai.grading import ReliabilityCounts, fit_grading, grade, memb
 from medsegdiff_monai.networks.record import TrainingRecord, clipped_logit
 from medsegdiff_monai.report.statistics import Grading
 
-from .accuracy import ROOT, SETS, append, calibration, configure, is_known, segment
+from .accuracy import CHOSEN, ROOT, SETS, append, calibration, configure, is_known, segment
 from .forward import parameters
 from .opponents import dropout_unet
 from .peers import UNET_LEARNING_RATE, Peer, Training, finish, ours, start, train_in_turns, unet
@@ -165,6 +165,12 @@ def to_train(data: str, seed: int, options: argparse.Namespace) -> ConfigParser:
     return configure("train", data, options.data_root, seed, {"num_members": MEMBERS})
 
 
+def learning_rate(data: str, name: str, config: ConfigParser) -> float:
+    """At the start: of the U-Nets the one that was chosen on held-out cases, where it was (``accuracy.CHOSEN``)."""
+    chosen = None if name == OURS else CHOSEN.get((data, "MONAI UNet"))
+    return chosen or METHODS[name].build(config).learning_rate or config["learning_rate"]
+
+
 def parts(data: str, name: str, seed: int, options: argparse.Namespace) -> list[Part]:
     """Return the networks of a method, not yet trained."""
     method, made = METHODS[name], []
@@ -172,7 +178,8 @@ def parts(data: str, name: str, seed: int, options: argparse.Namespace) -> list[
     for i in range(method.nets):
         config = to_train(data, seed * method.nets + i, options)
         config["splits"] = checked(data, seed, root)
-        peer, training = start(method.build, config, options.seconds / method.nets)
+        rate = learning_rate(data, name, config)
+        peer, training = start(method.build, config, options.seconds / method.nets, rate)
         words = [*key(data, name, seed, training.lr, options).values(), i]
         made.append(Part(peer, training, options.work_dir / f"{' '.join(map(str, words))}.pt"))
     return made
@@ -335,8 +342,7 @@ def key(data: str, name: str, seed: int, learning_rate: float, options: argparse
 
 def missing(data: str, name: str, seed: int, options: argparse.Namespace) -> bool:
     """Whether a line of a method is not in the results file."""
-    config = to_train(data, seed, options)
-    rate = METHODS[name].build(config).learning_rate or config["learning_rate"]
+    rate = learning_rate(data, name, to_train(data, seed, options))
     uses = METHODS[name].uses
     return not all(is_known(options.results, key(data, use, seed, rate, options)) for use in uses)
 

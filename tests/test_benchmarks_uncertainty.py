@@ -48,7 +48,7 @@ def test_uncertainty_scores_each_method_and_writes_it_down(tmp_path, monkeypatch
         assert row["scores"].keys() == single | ({"expected Dice"} if row["masks"] > 1 else set())
         assert all(0 <= of["e_aurc"] <= of["aurc"] <= 1 for of in row["scores"].values())
         assert ("temperatures" in row) == (row["method"] != "this bundle")
-    assert {row["learning_rate"] for key, row in rows.items() if "UNet" in key[0]} == {peers.UNET_LEARNING_RATE}
+    assert {row["learning_rate"] for key, row in rows.items() if "UNet" in key[0]} == {accuracy.CHOSEN["LGG_MRI", "MONAI UNet"]}
     unet, flips, five = (rows[name, 0] for name in ("UNet", "UNet, flips", "five UNets"))
     assert unet["iterations"] == flips["iterations"] and unet["parameters_m"] == flips["parameters_m"]
     assert five["parameters_m"] == pytest.approx(5 * unet["parameters_m"], abs=1e-3)
@@ -136,7 +136,7 @@ def run_of(method: str, seed: int, dice: list[float], **scores: list[float]) -> 
     return {
         "method": method,
         "seed": seed,
-        "of_cases": {"dice": dice, **scores},
+        "of_cases": {"case": [f"patient{i // 3}_slice{i}" for i in range(len(dice))], "dice": dice, **scores},
         "scores": {
             name: {"aurc": uncertainty_page.aurc(sure, [1 - d for d in dice]), "e_aurc": 0, "spearman": 0, "error": 0}
             for name, sure in scores.items()
@@ -144,7 +144,7 @@ def run_of(method: str, seed: int, dice: list[float], **scores: list[float]) -> 
     }
 
 
-def test_others_have_their_best_score_and_intervals_are_over_cases(monkeypatch):
+def test_others_have_their_best_score_and_intervals_are_over_patients_and_trainings(monkeypatch):
     monkeypatch.setattr(uncertainty_page, "RESAMPLED", 200)
     dice = np.linspace(0.2, 0.9, 15).tolist()
     noise = np.random.default_rng(0).normal(size=15).tolist()
@@ -155,3 +155,29 @@ def test_others_have_their_best_score_and_intervals_are_over_cases(monkeypatch):
     assert uncertainty_page.difference(ours, good) == (0, 0, 0)
     mean, low, high = uncertainty_page.difference(ours, bad)
     assert low < mean < high < 0
+
+    # cases that are all alike leave the luck of the trainings
+    even = [run_of(uncertainty_page.OURS, 0, [0.5] * 15, **{"expected Dice": dice})]
+    far = [run_of("UNet", seed, [value] * 15, a=dice) for seed, value in enumerate((0.1, 0.3))]
+    assert uncertainty_page.difference(even, far) == pytest.approx((-0.3, -0.4, -0.2))
+
+    # and a single patient cannot differ from another
+    of_one = [run_of("UNet", 0, noise, a=noise[::-1])]
+    of_one[0]["of_cases"]["case"] = even[0]["of_cases"]["case"] = [f"patient1_slice{i}" for i in range(15)]
+    mean, low, high = uncertainty_page.difference(even, of_one)
+    assert low == high == pytest.approx(mean)
+
+
+def test_only_sets_of_many_patients_have_an_interval():
+    runs = [run_of(uncertainty_page.OURS, 0, [0.2, 0.9], **{"expected Dice": [0.3, 0.8]})]
+    assert "to" in uncertainty_page._told("LGG_MRI", runs, runs)
+    assert uncertainty_page._told("TG3K_thyroid", runs, runs) == "+0.0000"
+
+
+def test_unets_have_the_learning_rate_that_was_chosen_for_a_set(tmp_path):
+    options = argparse.Namespace(data_root=tmp_path)
+    make_png_dataset(tmp_path, cases=2)
+    config = uncertainty.to_train("TG3K_thyroid", 0, options)
+    assert uncertainty.learning_rate("TG3K_thyroid", "five UNets", config) == 0.002
+    assert uncertainty.learning_rate("Hippocampus3D", "five UNets", config) == peers.UNET_LEARNING_RATE
+    assert uncertainty.learning_rate("LGG_MRI", uncertainty.OURS, config) == config["learning_rate"]
