@@ -53,12 +53,12 @@ def load(data_root: Path, split: str, size: int) -> Crops:
         SystemExit: for data or a split that are not there, or crops larger than the pictures.
     """
     folder = data_root / NAME
-    file = folder / "dataset.json"
-    if not file.is_file():
-        raise SystemExit(f"{file}: is not there: give --data_root the folder that holds {NAME}.")
-    items = json.loads(file.read_text()).get(split)
+    lists = folder / "dataset.json"
+    if not lists.is_file():
+        raise SystemExit(f"{lists}: is not there: give --data_root the folder that holds {NAME}.")
+    items = json.loads(lists.read_text()).get(split)
     if not items:
-        raise SystemExit(f"{file}: has no {split}.")
+        raise SystemExit(f"{lists}: has no {split}.")
 
     def crop(file: str) -> Tensor:
         with Image.open(folder / file) as picture:

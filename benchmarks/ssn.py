@@ -65,7 +65,7 @@ def log_likelihood_loss(logits: Tensor, raters: Tensor) -> Tensor:
         logits: (batch, samples, classes, *spatial).
         raters: masks (batch, raters, classes, *spatial) in {0, 1}.
     """
-    eta, y = logits.flatten(2), raters.flatten(2)
+    eta, y = logits.flatten(2).float(), raters.flatten(2).float()
     # log p = y log sigmoid(eta) + (1 - y) log sigmoid(-eta) = y eta - softplus(eta)
     with torch.autocast(logits.device.type, enabled=False):
         log_p = eta @ y.mT - F.softplus(eta).sum(-1, keepdim=True)  # batch, samples, raters

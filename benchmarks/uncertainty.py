@@ -166,8 +166,11 @@ def to_train(data: str, seed: int, options: argparse.Namespace) -> ConfigParser:
 
 
 def learning_rate(data: str, name: str, config: ConfigParser) -> float:
-    """At the start: of the U-Nets the one that was chosen on held-out cases, where it was (``accuracy.CHOSEN``)."""
-    chosen = None if name == OURS else CHOSEN.get((data, "MONAI UNet"))
+    """At the start: of a U-Net the one that was chosen on held-out cases, where it was (``accuracy.CHOSEN``).
+
+    It was chosen for a single U-Net, which has the whole time.
+    """
+    chosen = CHOSEN.get((data, "MONAI UNet")) if "UNet" in name and METHODS[name].nets == 1 else None
     return chosen or METHODS[name].build(config).learning_rate or config["learning_rate"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -38,16 +39,23 @@ are scored.
 - **UNet, MC dropout**: trained with dropout, which stays on for 16 passes.
 - **five UNets**: a fifth of the time each, a mask from each.
 
+In 2D, the learning rates of the UNet and of the UNet with dropout are the one that was chosen for a UNet on held-out
+cases ([results](../../docs/results.md)); these two were trained a day after the others, in turns with each other. The
+five UNets and the methods in 3D have rates for which no others were tried there.
+
 **Cases.** A score of confidence orders the cases; the risk is 1 − Dice (mean over classes). **AURC** is the area
 under the risk-coverage curve, **E-AURC** what of it a perfect order would not have, the correlation is Spearman's
 with the true Dice, and the error the mean absolute difference from it. For this bundle the score is always its
-*expected Dice*, the mean Dice over pairs of masks, which the held-out cases take to the Dice of the mask. The others
-have whichever score is best **in that column, chosen on the scored cases**, which favours them: the same *expected
-Dice* of their masks; *soft Dice*, that of the mask with the mean probability, plain or *calibrated*, fitted in the
-same way; *entropy*, its mean over the image; or *entropy by size*, its sum by the size of the mask. A difference in
-AURC below 0 is in favour of this bundle; its interval of 95 % is by bootstrap over patients, where they are known, else
-cases, and over the trainings of each method; with one seed, how much trainings differ is left out of it. TG3K_thyroid
-has none: its cases come from four clusters.
+*expected Dice*, the mean Dice over pairs of masks, which the held-out cases take to the Dice of the mask. Each of the
+others gets whichever score is best **in that column, chosen on the scored cases**, which favours it: the same
+*expected Dice* of its masks; *soft Dice*, that of the mask with the mean probability, plain or *calibrated*, fitted in
+the same way; *entropy*, its mean over the image; or *entropy by size*, its sum by the size of the mask. A training
+whose masks all have the same Dice, such as 0, leaves no order to judge: it counts in AURC alone.
+
+A difference in AURC below 0 is in favour of this bundle. Its interval of 95 % is by bootstrap over patients, where they
+are known, else cases, and over the trainings of each method. Three trainings are few, so that it is a little too
+narrow; with one seed, it does not include the variation between trainings. TG3K_thyroid has none: its cases come from
+four clusters.
 
 **Voxels** within three of a contour, true or predicted. **ECE**: calibration error of the mean probability, as it is
 and calibrated: by this bundle's table for itself, by a temperature for each class for the others. **AUROC**: whether
@@ -55,8 +63,16 @@ the entropy tells wrong voxels from right ones. Both are means over cases and cl
 """
 
 
+def _value(run: dict[str, Any], score: str, figure: str) -> float:
+    """A figure of a score; NaN where all cases have the same Dice, which leaves nothing to tell apart."""
+    if figure != "aurc" and len(set(run["of_cases"]["dice"])) == 1:
+        return math.nan
+    return run["scores"][score][figure]
+
+
 def _mean(runs: Runs, score: str, figure: str) -> float:
-    return statistics.mean(run["scores"][score][figure] for run in runs)
+    """Over the trainings that have a value."""
+    return float(np.nanmean([_value(run, score, figure) for run in runs]))
 
 
 def best_score(runs: Runs, figure: str) -> str:
@@ -77,28 +93,32 @@ def difference(ours: Runs, theirs: Runs) -> tuple[float, float, float]:
     """How much lower the AURC of ours is: the mean over the trainings, and a 95 % interval.
 
     The interval is by bootstrap over patients (:data:`benchmarks.results.PATIENT`) and over the trainings of each
-    method. The runs of a data set have the same cases.
+    method; what is the best score of theirs is not chosen anew.
+
+    Raises:
+        ValueError: where runs have different cases.
     """
-    scores = OUR_SCORE, best_score(theirs, "aurc")
+    cases = ours[0]["of_cases"]["case"]
+    if any(run["of_cases"]["case"] != cases for run in [*ours, *theirs]):
+        raise ValueError(f"runs of {ours[0]['method']} and {theirs[0]['method']} have different cases")
     tables = [
         [(np.array(run["of_cases"][score]), 1 - np.array(run["of_cases"]["dice"])) for run in runs]
-        for runs, score in zip((ours, theirs), scores)
+        for runs, score in ((ours, OUR_SCORE), (theirs, best_score(theirs, "aurc")))
     ]
 
-    def areas(cases: np.ndarray) -> list[list[float]]:
-        return [[aurc(sure[cases], risk[cases]) for sure, risk in runs] for runs in tables]
+    def areas(drawn: np.ndarray) -> list[list[float]]:
+        return [[aurc(sure[drawn], risk[drawn]) for sure, risk in runs] for runs in tables]
 
     patients: dict[str, list[int]] = {}
-    for i, case in enumerate(ours[0]["of_cases"]["case"]):
+    for i, case in enumerate(cases):
         patients.setdefault(PATIENT.match(case)[0], []).append(i)
-    groups, random = [np.array(cases) for cases in patients.values()], np.random.default_rng(0)
-    drawn = []
+    groups, random, found = list(patients.values()), np.random.default_rng(0), []
     for _ in range(RESAMPLED):
-        cases = np.concatenate([groups[i] for i in random.integers(len(groups), size=len(groups))])
-        mine, others = (np.mean(random.choice(found, len(found))) for found in areas(cases))
-        drawn.append(mine - others)
-    low, high = np.percentile(drawn, [2.5, 97.5])
-    mine, others = (statistics.mean(found) for found in areas(np.arange(len(tables[0][0][0]))))
+        drawn = np.concatenate([groups[i] for i in random.integers(len(groups), size=len(groups))])
+        mine, others = (np.mean(random.choice(values, len(values))) for values in areas(drawn))
+        found.append(mine - others)
+    low, high = np.percentile(found, [2.5, 97.5])
+    mine, others = (statistics.mean(values) for values in areas(np.arange(len(cases))))
     return mine - others, float(low), float(high)
 
 
@@ -109,7 +129,7 @@ def _told(data: str, ours: Runs, theirs: Runs) -> str:
 
 def _values(runs: Runs, figure: str) -> list[float]:
     score = best_score(runs, figure)
-    return [run["scores"][score][figure] for run in runs]
+    return [_value(run, score, figure) for run in runs]
 
 
 def cases_table(groups: dict[str, Runs]) -> list[str]:
@@ -131,12 +151,13 @@ def cases_table(groups: dict[str, Runs]) -> list[str]:
 def voxels_table(groups: dict[str, Runs]) -> list[str]:
     """Which voxels can be trusted, and what it costs."""
     columns = {"ece_band": 4, "ece_band_calibrated": 4, "auroc": 3}
-    costs = {"iterations": 0, "learning_rate": 3, "parameters_m": 2, "seconds_per_image": 3}
-    heads = ["method", "ECE ↓", "ECE, calibrated ↓", "AUROC ↑", "iterations", "learning rate", "parameters, M"]
+    costs = {"iterations": 0, "parameters_m": 2, "seconds_per_image": 3}
+    heads = ["method", "learning rate", "ECE ↓", "ECE, calibrated ↓", "AUROC ↑", "iterations", "parameters, M"]
     heads += ["seconds / image"]
     lines = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
     for name, runs in groups.items():
-        cells = [spread((run[column] for run in runs), digits) for column, digits in columns.items()]
+        cells = [" and ".join(f"{rate:g}" for rate in sorted({run["learning_rate"] for run in runs}))]
+        cells += [spread((run[column] for run in runs), digits) for column, digits in columns.items()]
         cells += [f"{statistics.mean(run[cost] for run in runs):.{digits}f}" for cost, digits in costs.items()]
         lines.append("| " + " | ".join([name, *cells]) + " |")
     return [*lines, ""]
@@ -177,7 +198,8 @@ def summary(sections: Iterable[tuple[str, dict[str, Runs]]]) -> list[str]:
     if not rows:
         return []
     aims = list(dict.fromkeys(aim for row in rows.values() for aim in row))
-    lines = ["## Aims, and whether the means over the seeds meet them", "", f"| data, training | {' | '.join(aims)} |", "|" + " --- |" * (1 + len(aims))]
+    title = "## Aims, and whether the means over the seeds meet them"
+    lines = [title, "", f"| data, training | {' | '.join(aims)} |", "|" + " --- |" * (1 + len(aims))]
     words = {True: "yes", False: "no", None: ""}
     lines += [f"| {title} | {' | '.join(words[row.get(aim)] for aim in aims)} |" for title, row in rows.items()]
     return [*lines, ""]

@@ -48,7 +48,8 @@ def test_uncertainty_scores_each_method_and_writes_it_down(tmp_path, monkeypatch
         assert row["scores"].keys() == single | ({"expected Dice"} if row["masks"] > 1 else set())
         assert all(0 <= of["e_aurc"] <= of["aurc"] <= 1 for of in row["scores"].values())
         assert ("temperatures" in row) == (row["method"] != "this bundle")
-    assert {row["learning_rate"] for key, row in rows.items() if "UNet" in key[0]} == {accuracy.CHOSEN["LGG_MRI", "MONAI UNet"]}
+    rates = {name: row["learning_rate"] for (name, _), row in rows.items() if name.startswith("UNet")}
+    assert set(rates.values()) == {accuracy.CHOSEN["LGG_MRI", "MONAI UNet"]}
     unet, flips, five = (rows[name, 0] for name in ("UNet", "UNet, flips", "five UNets"))
     assert unet["iterations"] == flips["iterations"] and unet["parameters_m"] == flips["parameters_m"]
     assert five["parameters_m"] == pytest.approx(5 * unet["parameters_m"], abs=1e-3)
@@ -168,6 +169,24 @@ def test_others_have_their_best_score_and_intervals_are_over_patients_and_traini
     assert low == high == pytest.approx(mean)
 
 
+def test_a_training_without_any_order_does_not_decide():
+    """All masks of the second one are empty: no correlation, and no merit of a perfect order."""
+    dice, sure = [0.2, 0.9, 0.5], [0.1, 0.9, 0.4]
+    runs = [run_of("UNet", 0, dice, a=sure, b=[0.1, 0.2, 0.3]), run_of("UNet", 1, [0.0] * 3, a=sure, b=sure)]
+    runs[0]["scores"]["a"] |= {"spearman": 1.0, "e_aurc": 0.1, "error": 0.1}
+    runs[0]["scores"]["b"] |= {"spearman": 0.5, "e_aurc": 0.2, "error": 0.2}
+    runs[1]["scores"]["b"]["spearman"] = runs[1]["scores"]["a"]["spearman"] = float("nan")
+    assert all(uncertainty_page.best_score(runs, figure) == "a" for figure in ("spearman", "e_aurc", "error"))
+    assert uncertainty_page._mean(runs, "a", "spearman") == 1 and uncertainty_page._mean(runs, "a", "e_aurc") == 0.1
+
+
+def test_differences_of_other_cases_are_refused():
+    runs = [run_of(uncertainty_page.OURS, 0, [0.2, 0.9], **{"expected Dice": [0.3, 0.8]})]
+    others = [run_of("UNet", 0, [0.2, 0.9, 0.4], a=[0.3, 0.8, 0.1])]
+    with pytest.raises(ValueError, match="different cases"):
+        uncertainty_page.difference(runs, others)
+
+
 def test_only_sets_of_many_patients_have_an_interval():
     runs = [run_of(uncertainty_page.OURS, 0, [0.2, 0.9], **{"expected Dice": [0.3, 0.8]})]
     assert "to" in uncertainty_page._told("LGG_MRI", runs, runs)
@@ -178,6 +197,7 @@ def test_unets_have_the_learning_rate_that_was_chosen_for_a_set(tmp_path):
     options = argparse.Namespace(data_root=tmp_path)
     make_png_dataset(tmp_path, cases=2)
     config = uncertainty.to_train("TG3K_thyroid", 0, options)
-    assert uncertainty.learning_rate("TG3K_thyroid", "five UNets", config) == 0.002
-    assert uncertainty.learning_rate("Hippocampus3D", "five UNets", config) == peers.UNET_LEARNING_RATE
+    assert uncertainty.learning_rate("TG3K_thyroid", "UNet, dropout", config) == 0.002
+    assert uncertainty.learning_rate("TG3K_thyroid", "five UNets", config) == peers.UNET_LEARNING_RATE
+    assert uncertainty.learning_rate("Hippocampus3D", "UNet", config) == peers.UNET_LEARNING_RATE
     assert uncertainty.learning_rate("LGG_MRI", uncertainty.OURS, config) == config["learning_rate"]

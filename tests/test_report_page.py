@@ -280,11 +280,14 @@ def _tags(content: str, folder: Path) -> list[tuple[str, dict[str, str | None]]]
 
 @pytest.mark.parametrize("scored", [True, False])
 def test_an_expected_dice_without_an_interval_is_called_a_rough_guess(tmp_path: Path, scored: bool) -> None:
-    rows = made_rows(3, ("disc",), scored)
-    fitted = [{**row, "expected_dice_low_disc": 0.3, "expected_dice_high_disc": 0.9} for row in rows]
-    for table, rough in ((rows, True), (fitted, False)):
-        page = Page(write_report(table, tmp_path, ["disc"]))
-        assert ("rough guess" in page.words) == rough
-        assert ("rough guess" in " ".join(summary_lines(table, ["disc"]))) == rough
+    names = ["disc", "cup"]
+    rows = made_rows(3, ("disc", "cup"), scored)
+    half = [{**row, "expected_dice_low_disc": 0.3} for row in rows]
+    both = [{**row, "expected_dice_low_cup": 0.3} for row in half]
     unknown = [{"case": "a", "dice_disc": 0.5}]
-    assert "rough guess" not in " ".join(summary_lines(unknown, ["disc"]))
+    told = {"The expected Dice is a rough guess": rows, "The expected Dice of cup is a rough guess": [*half, *both]}
+    for text, table in told.items():
+        assert text in Page(write_report(table, tmp_path, names)).words
+        assert text in " ".join(summary_lines(table, names))
+    for table in (both, unknown):
+        assert "rough guess" not in Page(write_report(table, tmp_path, names)).words + str(summary_lines(table, names))

@@ -20,7 +20,7 @@ from ..outputs import result_file
 from ..rows import BAND
 from .figures import reliability_chart, risk_chart, scatter_chart
 from .statistics import FAILED, Row, grading_of, mean_of, number, unit_of
-from .summary import caution, guess_note
+from .summary import caution, interval_note
 from .tables import cases_table, class_table, cleanup_table, expected_table, folds_table, grading_table, structure_table
 
 __all__ = ["write_report"]
@@ -73,6 +73,7 @@ def write_report(
     cards = _Cards(folder, names, "dice" if scored else "expected_dice", pictures or {})
     page: dict[str, Any] = {"title": title, "caution": caution(split, chose_weights) if scored else ""}
     page["scored"] = _what_was_scored(len(rows), split, scored)
+    page["interval_note"] = interval_note(rows, names)
     page |= _flagged(rows, cards) | _extremes(rows, cards, scored)
     page |= _scores(rows, names, tolerance, scored) | _uncertainty(rows, names, reliability or {})
     text, table = structure_table(structures)
@@ -188,8 +189,7 @@ def _extremes(rows: Sequence[Row], cards: _Cards, scored: bool) -> dict[str, Any
 
 def _scores(rows: Sequence[Row], names: Sequence[str], tolerance: float | None, scored: bool) -> dict[str, Any]:
     if not scored:
-        note = "Estimated from the members' agreement, since there are no labels: not measured. "
-        note += guess_note(rows, names)
+        note = "Estimated from the members' agreement, since there are no labels: not measured."
         return {"classes_title": "Expected scores", "classes": expected_table(rows, names), "classes_note": note}
     unit = unit_of(rows)
     table = class_table(rows, names, unit, tolerance)
@@ -210,7 +210,6 @@ def _scores(rows: Sequence[Row], names: Sequence[str], tolerance: float | None, 
 def _uncertainty(rows: Sequence[Row], names: Sequence[str], counts: Mapping[str, Tensor]) -> dict[str, Any]:
     gradings = grading_of(rows, names)
     return {
-        "guess_note": guess_note(rows, names),
         "grading": grading_table(gradings),
         "scatters": [scatter_chart(grading) for grading in gradings],
         "risk": risk_chart(gradings[0]) if gradings else "",

@@ -12,8 +12,8 @@ import numpy as np
 from .curves import aurc, excess_aurc, rank_correlation
 
 __all__ = [
-    "CLEANED", "FAILED", "NOT_CLEANED", "ClassScores", "Grading", "Row", "class_scores", "grading_of", "is_rough",
-    "mean_of", "number", "over_folds", "unit_of", "was_cleaned",
+    "CLEANED", "FAILED", "NOT_CLEANED", "ClassScores", "Grading", "Row", "class_scores", "grading_of", "mean_of",
+    "number", "over_folds", "unit_of", "was_cleaned", "without_interval",
 ]  # fmt: skip
 
 FAILED = 0.5  # a Dice below it counts as a failure
@@ -104,13 +104,16 @@ def class_scores(rows: Sequence[Row], names: Sequence[str]) -> list[ClassScores]
     return found
 
 
-def is_rough(rows: Sequence[Row], names: Sequence[str]) -> bool:
-    """Whether there is an expected Dice, but nowhere an interval: there were too few labelled cases to fit it on."""
-    known, low = (
-        any(not math.isnan(number(row, f"{key}_{name}")) for row in rows for name in names)
-        for key in ("expected_dice", "expected_dice_low")
-    )
-    return known and not low
+def without_interval(rows: Sequence[Row], names: Sequence[str]) -> list[str]:
+    """Classes of which some case has an expected Dice without an interval."""
+    known, low = "expected_dice_{}", "expected_dice_low_{}"
+    return [
+        name
+        for name in names
+        if any(
+            math.isfinite(number(row, known.format(name))) and math.isnan(number(row, low.format(name))) for row in rows
+        )
+    ]
 
 
 @dataclass(frozen=True)

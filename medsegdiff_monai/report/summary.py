@@ -10,24 +10,38 @@ import numpy as np
 
 from ..grading import MIN_CASES
 from ..metrics import RATER_SCORES
-from .statistics import CLEANED, FAILED, ClassScores, Row, class_scores, is_rough, mean_of, number, unit_of, was_cleaned
+from .statistics import (
+    CLEANED,
+    FAILED,
+    ClassScores,
+    Row,
+    class_scores,
+    mean_of,
+    number,
+    unit_of,
+    was_cleaned,
+    without_interval,
+)
 
-__all__ = ["aligned", "caution", "guess_note", "summary_lines"]
+__all__ = ["aligned", "caution", "interval_note", "summary_lines"]
 
 CHOSE_WEIGHTS = (
     "These cases chose the weights and their calibration: expect somewhat lower scores on new cases. "
     "Report scores of a list that the training did not see."
 )
-ROUGH = (
-    "The expected Dice is a rough guess, usually too high: it was fitted on no labelled cases, or on fewer than "
-    f"{MIN_CASES}."
-)
 TRAINED = "The weights were trained on these cases: the scores say nothing of new ones."
 
 
-def guess_note(rows: Sequence[Row], names: Sequence[str]) -> str:
-    """What to keep in mind of the expected Dice, if anything."""
-    return ROUGH if is_rough(rows, names) else ""
+def interval_note(rows: Sequence[Row], names: Sequence[str]) -> str:
+    """What to keep in mind of an expected Dice without an interval, if there is any."""
+    rough = without_interval(rows, names)
+    if not rough:
+        return ""
+    of = "" if len(rough) == len(names) else f" of {', '.join(rough)}"
+    return (
+        f"The expected Dice{of} is a rough guess, without an interval: it was fitted on fewer than {MIN_CASES} "
+        "validation cases, or on none, or is of combined weights or of another tool."
+    )
 
 
 def caution(split: str | None, chose_weights: bool) -> str:
@@ -98,5 +112,5 @@ def summary_lines(
     flagged = sum(bool(row.get("flag")) for row in rows)
     if any("flag" in row for row in rows):
         lines.append(f"Flagged for review: {flagged or 'none'} of {cases}.")
-    lines += list(filter(None, [guess_note(rows, names)]))
+    lines += list(filter(None, [interval_note(rows, names)]))
     return lines + ([f"Report: {report}"] if report is not None else [])

@@ -289,7 +289,7 @@ def test_the_next_commands_can_be_pasted(task, tmp_path, capsys):
     prepare("decathlon", str(task), str(folder), workers=1)
     check(str(folder), write=str(folder / "my overlay.json"))
     first, second = (shlex.split(line)[1:] for line in capsys.readouterr().out.splitlines() if line.startswith("Next:"))
-    assert first[:3] == ["medsegdiff", "train", str(folder)]
+    assert first == ["medsegdiff", "train", str(folder), "--output_dir", "MODEL"]
     configs = second[second.index("--config_file") + 1]
     assert ast.literal_eval(configs) == ["bundle/configs/train.json", str(folder / "my overlay.json")]  # as fire does
 
