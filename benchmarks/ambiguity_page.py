@@ -54,8 +54,8 @@ mark next to nothing after a fifth of the time each. At 64×64 the other methods
 later, after its warm start and its network had changed; "mask objective" has the former, dearer network. At 128×128 all
 ran in turns. On a GPU (`--device cuda`) they trained side by side on one card, each by a process of its own, in
 bfloat16, with torch 2.11.0+cu130 and for the same time by the clock; the CPU scored them in single precision. The
-losses of SSN and the Probabilistic U-Net were in part in bfloat16 too, and two of three trainings of the latter ended
-in NaN; the U-Net has two.
+losses of SSN and the Probabilistic U-Net were in part in bfloat16 too (SSN's is in single precision since), and two of
+three trainings of the latter ended in NaN; the U-Net has two.
 
 - **ours**: this bundle, with the objective `ensemble`; one step for each mask, unless the row says otherwise.
 - **mask objective**: the same network with the objective `mask`, Dice + BCE of single masks of a radiologist who is
