@@ -141,10 +141,8 @@ class MemberWindows:
         shape = (len(image), *noise.shape[:2], *image.shape[2:])
         whole = noise.new_empty(shape, dtype=torch.float16 if prod(shape) > LARGE else noise.dtype)
         slab = _Slab(whole, self.roi_size[0], noise.dtype)
-        windows, number = (
-            self._windows(image.shape[2:]),
-            max(self.sw_batch_size, at_a_time(self.roi_size, image.device)),
-        )
+        windows = self._windows(image.shape[2:])
+        number = max(self.sw_batch_size, at_a_time(self.roi_size, image.device))
         batches = [
             rows[i : i + number]
             for rows in (list(same) for _, same in groupby(windows, key=_first_row))
