@@ -1,4 +1,4 @@
-"""Training speed and memory beside ``med-seg-diff-pytorch`` (the same method) and MONAI's ``DiffusionModelUNet``.
+"""Training speed and memory beside ``med-seg-diff-pytorch`` (the same method), MONAI's diffusion network, and others.
 
 ``python -m benchmarks.training`` trains each with the same batch, size and widths on random images, in turns; a ratio
 is the median over the turns of the ratio within a turn, so that what else the machine does weighs on all alike. Peak
@@ -24,7 +24,7 @@ from monai.bundle import ConfigParser
 from torch import Tensor
 
 from .forward import parameters
-from .peers import CONFIGS, Peer, med_seg_diff_pytorch, monai_diffusion, ours
+from .peers import CONFIGS, Peer, med_seg_diff_pytorch, monai_diffusion, ours, segresnet, unet
 
 OURS, FOUR, FULL_RESOLUTION = "ours", "ours, K = 4", "ours, stem_stride 1"
 SAME_METHOD, ONE_ENCODER = "med-seg-diff-pytorch", "MONAI DiffusionModelUNet"
@@ -34,6 +34,8 @@ BUILD: dict[str, Callable[[ConfigParser], Peer]] = {
     FULL_RESOLUTION: ours,
     SAME_METHOD: med_seg_diff_pytorch,
     ONE_ENCODER: monai_diffusion,
+    "MONAI UNet": unet,
+    "MONAI SegResNet": segresnet,
 }
 REQUIRED = 1.5  # times as fast as the same method
 ITERATIONS = 4  # in each turn
@@ -112,7 +114,8 @@ def report(turns: int) -> str:
     lines += [
         "",
         "With stems of stride 2, all but the first and last convolution run at half the resolution; the peers and the "
-        "third row work at full resolution. MONAI's network has one encoder, and attention in the middle.",
+        "third row work at full resolution. MONAI's DiffusionModelUNet has one encoder, and attention in the middle. "
+        "UNet and SegResNet learn single masks.",
     ]
     return "\n".join(lines) + "\n"
 
