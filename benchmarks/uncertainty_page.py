@@ -40,9 +40,9 @@ are scored.
 - **five UNets**: a fifth of the time each, a mask from each.
 
 In 2D, the learning rates of the UNet and of the UNet with dropout are the one that was chosen for a UNet on held-out
-cases ([results](../../docs/results.md)). These two were trained later than the others, in turns with each other, when the
-machine was faster: they had more iterations. Other rates, such as those of the five UNets and in 3D, were not chosen in
-this way.
+cases ([results](../../docs/results.md)). These two were trained later than the others, in turns with each other, when
+the machine was faster: they had more iterations. Other rates, such as those of the five UNets and in 3D, were not
+chosen in this way.
 
 **Cases.** A score of confidence orders the cases; the risk is 1 − Dice (mean over classes). **AURC** is the area
 under the risk-coverage curve, **E-AURC** what of it a perfect order would not have, the correlation is Spearman's
