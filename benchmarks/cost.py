@@ -22,8 +22,6 @@ from monai.bundle import ConfigParser
 from monai.inferers import SlidingWindowInferer
 from torch import Tensor
 
-from medsegdiff_monai.windows import at_a_time
-
 from .accuracy import ROOT
 from .forward import parameters
 from .peers import CONFIGS, matching_unet
@@ -59,7 +57,7 @@ def passes(field: str, amp: bool) -> tuple[dict[str, Callable[[], object]], list
     unet, network = matching_unet(parser, 1).eval(), parser.get_parsed_content("network_def").eval()
 
     overlap = parser.get_parsed_content("inferer").overlap
-    windows = SlidingWindowInferer(field_size, at_a_time(field_size, image.device), overlap, mode="gaussian")
+    windows = SlidingWindowInferer(field_size, overlap=overlap, mode="gaussian")
 
     def plain() -> Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=amp):

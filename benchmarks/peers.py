@@ -30,7 +30,6 @@ from medsegdiff_monai.files import replacing
 from medsegdiff_monai.handlers import WarmStart
 from medsegdiff_monai.inferers import ANTITHETIC
 from medsegdiff_monai.objective import mask_loss
-from medsegdiff_monai.windows import at_a_time
 
 from .forward import parameters
 
@@ -149,8 +148,7 @@ def matching_unet(parser: ConfigParser, out_channels: int, dropout: float = 0.0)
 
 def discriminative(net: nn.Module, parser: ConfigParser, learning_rate: float) -> Peer:
     """A network that gives one mask, trained on Dice and BCE with each rater."""
-    size = parser["roi_size"]
-    window = SlidingWindowInferer(size, at_a_time(size, torch.device("cpu")), 0.5, mode="gaussian")  # as for ours
+    window = SlidingWindowInferer(parser["roi_size"], 1, 0.5, mode="gaussian")  # as for ours
 
     def segment(trained: nn.Module, image: Tensor) -> Tensor:
         whole = list(image.shape[2:]) == list(parser["roi_size"])

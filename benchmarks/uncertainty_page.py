@@ -124,8 +124,9 @@ def difference(ours: Runs, theirs: Runs) -> tuple[float, float, float]:
 
 
 def _told(data: str, ours: Runs, theirs: Runs) -> str:
-    mean, low, high = difference(ours, theirs)
-    return f"{mean:+.4f}" if data in DEPENDENT else f"{mean:+.4f} ({low:+.4f} to {high:+.4f})"
+    if data in DEPENDENT:
+        return f"{_mean(ours, OUR_SCORE, 'aurc') - _mean(theirs, best_score(theirs, 'aurc'), 'aurc'):+.4f}"
+    return "{:+.4f} ({:+.4f} to {:+.4f})".format(*difference(ours, theirs))
 
 
 def _values(runs: Runs, figure: str) -> list[float]:

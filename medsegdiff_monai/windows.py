@@ -15,10 +15,9 @@ from tqdm import tqdm
 
 from .objective import soft_jaccard_distance
 
-__all__ = ["MemberWindows", "at_a_time", "best_match"]
+__all__ = ["MemberWindows", "best_match"]
 
 PATIENCE = 5.0
-SMALL, TOGETHER = 2**16, 4  # voxels of a window in 3D, and how many such windows a CPU segments at a time
 LARGE = 2**28  # values of the members' probabilities: 1 GiB in single precision
 
 
@@ -34,15 +33,6 @@ def best_match(members: Tensor, reference: Tensor) -> Tensor:
     """
     distances = soft_jaccard_distance(reference[None].float(), members[None].float()).mean((0, 1))
     return torch.from_numpy(linear_sum_assignment(distances.cpu().numpy())[1])
-
-
-def at_a_time(roi_size: Sequence[int], device: torch.device) -> int:
-    """How many windows it takes for a fast pass.
-
-    On a CPU, PyTorch (2.13) convolves a single small volume several times as slowly as one of a batch: it does not use
-    oneDNN where batch, channels and the first two axes together have 20480 values or fewer.
-    """
-    return TOGETHER if device.type == "cpu" and len(roi_size) == 3 and prod(roi_size) <= SMALL else 1
 
 
 def _piece(noise: Tensor, window: Sequence[Any]) -> Tensor:
@@ -104,7 +94,7 @@ class MemberWindows:
 
     Args:
         roi_size: size of a window.
-        sw_batch_size: windows that are segmented at a time; small ones in 3D on a CPU are at least ``TOGETHER``.
+        sw_batch_size: windows that are segmented at a time.
         overlap: share by which windows overlap.
 
     Attributes:
@@ -142,11 +132,10 @@ class MemberWindows:
         whole = noise.new_empty(shape, dtype=torch.float16 if prod(shape) > LARGE else noise.dtype)
         slab = _Slab(whole, self.roi_size[0], noise.dtype)
         windows = self._windows(image.shape[2:])
-        number = max(self.sw_batch_size, at_a_time(self.roi_size, image.device))
         batches = [
-            rows[i : i + number]
+            rows[i : i + self.sw_batch_size]
             for rows in (list(same) for _, same in groupby(windows, key=_first_row))
-            for i in range(0, len(rows), number)
+            for i in range(0, len(rows), self.sw_batch_size)
         ]
         bar = {"leave": False, "delay": PATIENCE, "dynamic_ncols": True, "disable": not self.shows_progress}
         for some in tqdm(batches, desc="Windows", **bar):

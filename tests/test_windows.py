@@ -119,25 +119,3 @@ def test_a_volume_that_takes_long_has_a_bar_over_its_windows(capsys, monkeypatch
     engine.run([0])
     shown = capsys.readouterr().err
     assert "Windows" in shown and "0/2" in shown and "Segment" in shown
-
-
-@pytest.mark.parametrize(("roi", "most"), [((4, 6, 4), windows.TOGETHER), ((48, 48, 48), 1), ((8, 8), 1)])
-def test_small_windows_of_a_volume_are_segmented_together_on_a_cpu(roi, most):
-    """In 2D and for larger windows that would be slower; masks are the same one by one."""
-    image, noise = torch.rand(1, 1, *(2 * size for size in roi)), torch.randn(3, 2, *roi)
-    sizes = []
-
-    def segment(crops, noise):
-        sizes.append(len(crops))
-        return (noise + crops[:, None]).sigmoid()
-
-    drawn = windows.MemberWindows(roi)(image, noise, segment)
-    assert max(sizes) == most
-    one_by_one = windows.MemberWindows(roi)(
-        image, noise, lambda *both: torch.cat([segment(*one) for one in _each(both)])
-    )
-    torch.testing.assert_close(drawn, one_by_one)
-
-
-def _each(both):
-    return zip(*(part.split(1) for part in both))
