@@ -50,34 +50,42 @@ from medsegdiff_monai.metrics import (
 from medsegdiff_monai.rows import SURFACE_TOLERANCE
 
 from .forward import parameters
-from .peers import CONFIGS, Peer, Training, finish, ours, segresnet, start, train_in_turns, unet, weights_name
+from .peers import CONFIGS, Peer, Training, finish, flipping, ours, segresnet, start, train_in_turns, unet, weights_name
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results.jsonl"
 WORK = ROOT / "benchmarks" / "work" / "accuracy"
 METHODS: dict[str, tuple[Callable[[ConfigParser], Peer], str | Mapping[str, Any] | None]] = {
     "MONAI UNet": (unet, None),
+    "MONAI UNet, flips": (flipping(unet), None),
     "MONAI SegResNet": (segresnet, None),
+    "MONAI SegResNet, flips": (flipping(segresnet), None),
     "plain DPM": (ours, "without_dynamic_conditioning"),
     "+ dynamic conditioning": (ours, "without_ff_parser"),
     "+ FF-Parser": (ours, None),
     "mask objective": (ours, {"objective": "mask"}),  # Dice + BCE of single masks
     "trained in bfloat16": (ours, {"train#inferer#amp": True}),
 }
+TRAINED_AS = {f"{name}, flips": name for name in ("MONAI UNet", "MONAI SegResNet")}  # the same weights
 FIRST_VERSION = "0.1.0"
 CHOSEN = {  # learning rates among 0.002, 0.005 and 0.01 by data set and method, see the lines with ``split``
     ("LGG_MRI", "MONAI UNet"): 0.005,
+    ("LGG_MRI, 256", "MONAI UNet"): 0.005,  # as at 64 × 64
     ("DRISHTI_roi", "MONAI UNet"): 0.005,
+    ("DRISHTI_roi, 256", "MONAI UNet"): 0.005,
     ("TG3K_thyroid", "MONAI UNet"): 0.002,
 }
 SMALL = {"roi_size": [64, 64], "channels": [16, 32, 64, 96]}
 LARGE = {**SMALL, "roi_size": [128, 128]}
+LARGEST = {**SMALL, "roi_size": [256, 256]}
 DISCS = {"in_channels": 3, "regions": {"disc": [1, 2], "cup": [2]}}
 SETS: dict[str, tuple[str, dict[str, Any]]] = {  # by folder and, after a comma, what is special
     "LGG_MRI": ("lgg_mri", SMALL),
     "LGG_MRI, 128": ("lgg_mri", LARGE),
+    "LGG_MRI, 256": ("lgg_mri", LARGEST),
     "DRISHTI_roi": ("generic_2d", {**DISCS, **SMALL}),
     "DRISHTI_roi, 128": ("generic_2d", {**DISCS, **LARGE}),
+    "DRISHTI_roi, 256": ("generic_2d", {**DISCS, **LARGEST}),
     "TG3K_thyroid": ("generic_2d", {"in_channels": 1, "num_classes": 1, **SMALL}),
     "Hippocampus3D": ("hippocampus", {}),
     "ACDC_slices": (
@@ -253,8 +261,10 @@ def _mean(values: list[list[float]]) -> list[float]:
 def prepared(data: str, method: str, seed: int, options: argparse.Namespace) -> tuple[Peer, Training, Path]:
     """Return a method, its training, and the file of its weights."""
     build, variant = METHODS[method]
-    config, run = configure("train", data, options.data_root, seed, variant), known(data, method, seed, options)
-    peer, training = start(build, config, options.seconds, run["learning_rate"])
+    config, run = configure("train", data, options.data_root, seed, variant), trained_by(data, method, seed, options)
+    if options.device != "cpu":
+        config["train#inferer#amp"] = True  # as the others there
+    peer, training = start(build, config, options.seconds, run["learning_rate"], options.device)
     return peer, training, options.work_dir / weights_name(*run.values())
 
 
@@ -274,7 +284,7 @@ def run(
         splits = configure("train", data, options.data_root, seed).get_parsed_content("splits")
         config["datalist"] = splits[options.split]
     scores = evaluate(config, partial(peer.segment, module), data.startswith("DRISHTI"), peer.drawn_together)
-    how = {"iterations": iterations}
+    how = {"iterations": iterations, **({} if options.device == "cpu" else {"card": training.card})}
     return {**known(data, method, seed, options), **how, **describe(config, module, peer.passes), **scores}
 
 
@@ -287,6 +297,7 @@ def shipped(options: argparse.Namespace) -> dict[str, Any]:
     scores = evaluate(config, partial(inferer, network=network.eval()), False)
     known = key("Hippocampus3D", "shipped", 0, options.shipped)
     known["sha256"] = hashlib.sha256(weights.read_bytes()).hexdigest()
+    known["flip_axes"] = network.record.flip_axes()
     return {**known, **describe(config, network, inferer.num_members * inferer.num_steps), **scores}
 
 
@@ -309,14 +320,24 @@ def key(data: str, method: str, seed: int, seconds: float, objective: str | None
     return run if objective is None else {**run, "objective": objective}
 
 
-def known(data: str, method: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
-    """The key of a run of one of the methods."""
+def trained_by(data: str, method: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+    """The key of the training of one of the methods; some share theirs."""
+    method = TRAINED_AS.get(method, method)
     build, variant = METHODS[method]
     config = configure("train", data, options.data_root, seed, variant)
     run = key(data, method, seed, options.seconds, config.get_parsed_content("objective") if build is ours else None)
     rate = options.learning_rate or CHOSEN.get((data, method)) or build(config).learning_rate or config["learning_rate"]
     split = {} if options.split is None else {"split": options.split}
-    return {**run, "learning_rate": rate, **split, "version": __version__}
+    device = {} if options.device == "cpu" else {"device": options.device}
+    return {**run, "learning_rate": rate, **split, **device, "version": __version__}
+
+
+def known(data: str, method: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+    """The key of a run of one of the methods: the training, and whether ours sees flipped images too."""
+    build, variant = METHODS[method]
+    flips = configure("train", data, options.data_root, seed, variant)["flip_axes"] if build is ours else None
+    more = {} if flips is None else {"flip_axes": flips}
+    return {**trained_by(data, method, seed, options), "method": method, **more}
 
 
 def is_known(results: Path, known: dict[str, Any]) -> bool:
@@ -359,7 +380,10 @@ def main() -> None:
     parser.add_argument("--data", nargs="+", choices=SETS, default=["LGG_MRI", "DRISHTI_roi"])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--seconds", type=positive, default=180, help="CPU time of each training")
+    parser.add_argument(
+        "--seconds", type=positive, default=180, help="CPU time of each training; by the clock on a GPU"
+    )
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="that trains; scored on the CPU")
     parser.add_argument("--learning_rate", type=positive, help="at the start; by default the method's")
     parser.add_argument("--split", choices=["validation"], help="score held-out training cases, to choose settings by")
     parser.add_argument("--shipped", type=float, help="score the weights in the bundle, trained for so many seconds")

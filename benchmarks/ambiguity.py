@@ -225,9 +225,11 @@ def key(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     run = {"method": name, "seed": seed, "size": options.size, "split": options.split}
     if name in BOUNDS:
         return {**run, "seconds": 0}
-    rate = METHODS.get(name, METHODS["ours"]).learning_rate  # other names are of ours, with a number of steps
+    method = METHODS.get(name, METHODS["ours"])  # other names are of ours, with a number of steps
     on = {} if options.device == "cpu" else {"device": options.device}
-    return {**run, "seconds": options.seconds, "learning_rate": rate, **on, "version": __version__}
+    if method.build is ours:
+        on["flip_axes"] = configured(method, options.size, seed)["flip_axes"]  # along which some members see the image
+    return {**run, "seconds": options.seconds, "learning_rate": method.learning_rate, **on, "version": __version__}
 
 
 def rows_of(name: str, options: argparse.Namespace) -> dict[str, int]:

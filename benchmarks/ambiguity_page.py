@@ -21,6 +21,7 @@ from .results import interval, spread
 __all__ = ["PAIRED", "chosen", "difference", "draw", "write"]
 
 OURS = "ours"
+OUR_NETWORK = (OURS, "mask objective")
 SLICES = 4
 MASKS = 8  # of ours, of each slice
 SCORES = {  # name, with the number of masks, and digits
@@ -57,7 +58,8 @@ bfloat16, with torch 2.11.0+cu130 and for the same time by the clock; the CPU sc
 losses of SSN and the Probabilistic U-Net were in part in bfloat16 too (SSN's is in single precision since), and two of
 three trainings of the latter ended in NaN; the U-Net has two.
 
-- **ours**: this bundle, with the objective `ensemble`; one step for each mask, unless the row says otherwise.
+- **ours**: this bundle, with the objective `ensemble`; one step for each mask, unless the row says otherwise. Every
+  second pair of masks is of the flipped image; with **no flips**, as before that was built in, none is.
 - **mask objective**: the same network with the objective `mask`, Dice + BCE of single masks of a radiologist who is
   drawn; one step.
 - **MONAI UNet**: Dice + BCE, mean over the radiologists; its single mask counts as {members} equal ones.
@@ -103,8 +105,14 @@ def table(groups: list[list[dict[str, Any]]], columns: dict[str, tuple[str, int]
     summary = spread if columns is SCORES else mean
     for rows in groups:
         cells = [summary([row[c] for row in rows], digits) for c, (_, digits) in columns.items()]
-        lines.append("| " + " | ".join([rows[0]["method"], *cells, str(rows[0]["members"]), str(len(rows))]) + " |")
+        lines.append("| " + " | ".join([shown(rows[0]), *cells, str(rows[0]["members"]), str(len(rows))]) + " |")
     return [*lines, ""]
+
+
+def shown(row: dict[str, Any]) -> str:
+    """The name of a method; of ours it is told where no mask is of the flipped image, as until November 2026."""
+    is_plain = row["method"].split(",")[0] in OUR_NETWORK and not row.get("flip_axes")
+    return f"{row['method']}, no flips" if is_plain else row["method"]
 
 
 def mean(values: list[float], digits: int) -> str:

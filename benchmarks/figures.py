@@ -91,6 +91,7 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=ROOT / "docs" / "figures")
     parser.set_defaults(learning_rate=None, split=None)
     options = parser.parse_args()
+    options.device = "cpu"
     options.output_dir.mkdir(parents=True, exist_ok=True)
     for data in options.data:
         config = configure("evaluate", data, options.data_root, 0)

@@ -12,7 +12,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ __all__ = [
     "Training",
     "each_rater",
     "finish",
+    "flipping",
     "matching_unet",
     "ours",
     "save",
@@ -155,6 +156,20 @@ def discriminative(net: nn.Module, parser: ConfigParser, learning_rate: float) -
         return (trained(image) if whole else window(image, trained)).sigmoid()
 
     return Peer(net, lambda image, raters: each_rater(net(image), raters), segment, 1, learning_rate)
+
+
+def flipping(build: Callable[[ConfigParser], Peer]) -> Callable[[ConfigParser], Peer]:
+    """Return what builds the same method, whose probability is the mean of an image and its mirror image."""
+
+    def built(parser: ConfigParser) -> Peer:
+        peer, dims = build(parser), [2 + axis for axis in parser["flip_axes"]]  # along which training flips
+
+        def segment(trained: nn.Module, image: Tensor) -> Tensor:
+            return (peer.segment(trained, image) + peer.segment(trained, image.flip(dims)).flip(dims)) / 2
+
+        return replace(peer, segment=segment, passes=2 * peer.passes)
+
+    return built
 
 
 def unet(parser: ConfigParser) -> Peer:
@@ -308,13 +323,17 @@ class Training:
 
 
 def start(
-    build: Callable[[ConfigParser], Peer], parser: ConfigParser, seconds: float, rate: float | None = None
+    build: Callable[[ConfigParser], Peer],
+    parser: ConfigParser,
+    seconds: float,
+    rate: float | None = None,
+    device: str = "cpu",
 ) -> tuple[Peer, Training]:
     """Return a method and its training, as a config describes them, with another learning rate where one is given."""
     set_determinism(parser["seed"])
     peer = build(parser)
     rate = rate or peer.learning_rate or parser["learning_rate"]
-    return peer, Training(peer, parser.get_parsed_content("train#dataloader"), seconds, rate)
+    return peer, Training(peer, parser.get_parsed_content("train#dataloader"), seconds, rate, device)
 
 
 def train_in_turns(trainings: Mapping[Path, Training]) -> None:

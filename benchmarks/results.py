@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from .accuracy import CHOSEN, FIRST_VERSION, METHODS, RESULTS, ROOT, SETS
+from .accuracy import CHOSEN, FIRST_VERSION, METHODS, RESULTS, ROOT, SETS, TRAINED_AS
 
 PAPER = {  # Dice on REFUGE-2, BraTS-2021 and DDTI (arXiv 2211.00611v5, ablation table)
     "plain DPM": (0.846, 0.882, 0.841),
@@ -72,13 +72,18 @@ def row(name: str, runs: list[dict[str, Any]], scores: list[str]) -> str:
     rate = " and ".join(
         f"{rate:g}" for rate in sorted({run["learning_rate"] for run in runs if "learning_rate" in run})
     )
-    cells = [name, f"{first['parameters_m']:.2f}", rate, iterations]
+    cells = [with_views(name, first), f"{first['parameters_m']:.2f}", rate, iterations]
     cells += [str(first["passes"]), f"{first['seconds_per_image']:.3f}"]
     cells.append(spread(mean_dice(run) for run in runs))
     for score in scores:
         classes = zip(*(run[score] for run in runs if score in run))
         cells.append(", ".join(spread(values, DIGITS.get(score, 3)) for values in classes))
     return "| " + " | ".join([*cells, str(len(runs))]) + " |"
+
+
+def with_views(name: str, run: dict[str, Any]) -> str:
+    """The name of a method; of ours it is told where no member saw the image flipped, as until November 2026."""
+    return f"{name}, no flips" if "objective" in run and not run.get("flip_axes") else name
 
 
 def table(data: str, runs: list[dict[str, Any]]) -> list[str]:
@@ -91,10 +96,11 @@ def table(data: str, runs: list[dict[str, Any]]) -> list[str]:
     first = next(iter(groups.values()))[0]
     names = list(SETS[data][1].get("regions") or {})
     lines = [
-        f"### {data}: {first['seconds']:g} s of training, {first['cases']} cases, field {first['field']}",
+        f"### {data}: {first['seconds']:g} s of training{' on a GPU' if 'card' in first else ''}, "
+        f"{first['cases']} cases, field {first['field']}",
         "",
         f"torch {' and '.join(versions('torch', runs))}, MONAI {' and '.join(versions('monai', runs))}; "
-        f"{' and '.join(versions('date', runs))}.",
+        f"{' and '.join(versions('date', runs))}{', ' + first['card'] if 'card' in first else ''}.",
         "",
         *([f"Classes in this order: {', '.join(names)}.", ""] if names else []),
         "| " + " | ".join(head) + " |",
@@ -120,7 +126,8 @@ def at_chosen_rate(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     if not runs:
         return []
     last = runs[-1]
-    rate = CHOSEN.get((last["data"], last["method"]), last.get("learning_rate"))
+    method = TRAINED_AS.get(last["method"], last["method"])
+    rate = CHOSEN.get((last["data"], method), last.get("learning_rate"))
     return [run for run in runs if run.get("learning_rate") == rate]
 
 
@@ -191,10 +198,10 @@ def current(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """
 
     def method(run: dict[str, Any]) -> tuple:
-        return run["data"], run["method"], run["seconds"]
+        return run["data"], run["method"], run["seconds"], run.get("card")
 
     def made(run: dict[str, Any]) -> tuple:
-        return run.get("objective"), run.get("version", FIRST_VERSION)
+        return run.get("objective"), run.get("version", FIRST_VERSION), str(run.get("flip_axes"))
 
     runs = [run for run in runs if "split" not in run]
     last = {method(run): made(run) for run in runs}
@@ -233,9 +240,10 @@ def tried(runs: list[dict[str, Any]]) -> str:
 def tables(runs: list[dict[str, Any]]) -> str:
     """A table for each data set and time of training."""
     keys = dict.fromkeys(
-        (run["data"], run["seconds"]) for run in sorted(runs, key=lambda r: list(SETS).index(r["data"]))
+        (run["data"], run["seconds"], run.get("card"))
+        for run in sorted(runs, key=lambda r: list(SETS).index(r["data"]))
     )
-    parts = (table(*key[:1], [r for r in runs if (r["data"], r["seconds"]) == key]) for key in keys)
+    parts = (table(key[0], [r for r in runs if (r["data"], r["seconds"], r.get("card")) == key]) for key in keys)
     return "\n".join(line for part in parts for line in part).rstrip()
 
 

@@ -343,11 +343,16 @@ def key(data: str, name: str, seed: int, learning_rate: float, options: argparse
     return {**run, "learning_rate": learning_rate, "lists": lists, "version": __version__}
 
 
+def scored_by(run: Mapping[str, Any], use: str, config: ConfigParser) -> dict[str, Any]:
+    """The key of a line: of the training, and for ours along which axes members see the image flipped."""
+    return {**run, "method": use, **({"flip_axes": config["flip_axes"]} if use == OURS else {})}
+
+
 def missing(data: str, name: str, seed: int, options: argparse.Namespace) -> bool:
     """Whether a line of a method is not in the results file."""
-    rate = learning_rate(data, name, to_train(data, seed, options))
-    uses = METHODS[name].uses
-    return not all(is_known(options.results, key(data, use, seed, rate, options)) for use in uses)
+    config = to_train(data, seed, options)
+    run = key(data, name, seed, learning_rate(data, name, config), options)
+    return not all(is_known(options.results, scored_by(run, use, config)) for use in METHODS[name].uses)
 
 
 def runs(data: str, name: str, seed: int, some: list[Part], options: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -356,11 +361,12 @@ def runs(data: str, name: str, seed: int, some: list[Part], options: argparse.Na
     trained = [(part.peer, module) for part, (module, _) in zip(some, finished)]
     root = write_lists(data, seed, options)
     for use, members in METHODS[name].uses.items():
-        known = key(data, use, seed, some[0].training.lr, options)
+        config = to_train(data, seed, options)
+        known = scored_by(key(data, name, seed, some[0].training.lr, options), use, config)
         if is_known(options.results, known):
             continue
         torch.manual_seed(seed)
-        run = members(trained, to_train(data, seed, options))
+        run = members(trained, config)
         held, seen = (
             look(configure("evaluate", data, root, seed, {"eval_split": split}), run)
             for split in ("validation", "test")

@@ -142,12 +142,13 @@ class DeepEnsembleInferer(DiffusionEnsembleInferer):
             )
         return super()._ensemble(image, network)
 
-    @staticmethod
-    def _encode(image: Tensor, network: Any) -> Any:
-        encode = DiffusionEnsembleInferer._encode
-        if isinstance(network, DeepEnsemble):
-            return [encode(image, one) for one in network.networks]
-        return encode(image, network)
+    def _encode(self, image: Tensor, members: range, network: Any) -> Any:
+        if not isinstance(network, DeepEnsemble):
+            return super()._encode(image, members, network)
+        shares = _shares(members, len(network.networks))
+        return [
+            super(DeepEnsembleInferer, self)._encode(image, members[m], n) for n, m in zip(network.networks, shares)
+        ]
 
     def _windows(self, image: Tensor, noise: Tensor, members: range, network: Any) -> Tensor:
         if not isinstance(network, DeepEnsemble):

@@ -74,8 +74,8 @@ class Segmenter(nn.Module):
     """Segment images of any size as :class:`DiffusionEnsembleInferer` does, the members fused by their mean.
 
     ``torch.export``, ``torch.onnx.export`` and :func:`torch.jit.script` take it, as it has the whole ensemble inside.
-    The noise of the members is the inferer's, and stored. All members are drawn, whatever the inferer's
-    ``agreement_threshold``.
+    The noise of the members is the inferer's, and stored; as there, some see the image flipped. All members are drawn,
+    whatever the inferer's ``agreement_threshold``.
 
     Args:
         network: a trained :class:`medsegdiff_monai.networks.MedSegDiffUNet`; it is copied.
@@ -101,7 +101,11 @@ class Segmenter(nn.Module):
         self.roi_size = roi_size
         window: Any = inferer.window
         self.strides = [max(1, int(size * (1 - window.overlap))) for size in roi_size]
-        self.noise = nn.Buffer(inferer.noise())
+        views = inferer.views(range(inferer.num_members), network)
+        order = sorted(range(inferer.num_members), key=lambda member: views.is_flipped[member])
+        self.noise = nn.Buffer(inferer.noise()[order])  # those that see the image flipped come last
+        self.num_upright = inferer.num_members - sum(views.is_flipped)
+        self.flip_dims = list(views.dims) or [0]  # of an empty list TorchScript cannot tell what it holds
         self.importance = nn.Buffer(compute_importance_map(tuple(roi_size), mode=window.mode))
         self.eval()
 
@@ -156,14 +160,22 @@ class Segmenter(nn.Module):
 
     def _whole(self, image: Tensor, noise: Tensor) -> Tensor:
         """The mean of the members for a field of ``roi_size``, from noise (members, classes, *roi)."""
+        total = self._sum(image, noise[: self.num_upright])
+        if self.num_upright < self.num_members:
+            flipped = noise[self.num_upright :].flip(self.flip_dims)
+            total = total + self._sum(image.flip(self.flip_dims), flipped).flip(self.flip_dims)
+        return total / self.num_members
+
+    def _sum(self, image: Tensor, noise: Tensor) -> Tensor:
+        """The sum of the members that noise (members, classes, *roi) makes."""
         context = self.network.encode_context(image)
         total = torch.zeros([1]).to(image)
-        for first in range(0, self.num_members, self.member_batch_size):
+        for first in range(0, noise.shape[0], self.member_batch_size):
             members = noise[first : first + self.member_batch_size].to(image)
             x = members.unsqueeze(0).expand([image.shape[0]] + list(members.shape)).flatten(0, 1)
             drawn = self._sample(x, context).unflatten(0, [image.shape[0], members.shape[0]])
             total = total + drawn.sum(1)
-        return total / self.num_members
+        return total
 
     def _sample(self, x: Tensor, context: list[Tensor]) -> Tensor:
         """Denoise (batch * members, classes, *roi) to probabilities."""

@@ -19,6 +19,7 @@ from monai.networks.schedulers import Scheduler
 from torch import Tensor
 
 from .errors import InputError
+from .networks import TrainingRecord
 from .settings import amp_dtype
 from .windows import MemberWindows
 
@@ -50,9 +51,12 @@ class DiffusionEnsembleInferer(Inferer):
     image, each window sees its piece of that field, and members are matched from window to window, of those that are
     drawn at a time. Smaller images are padded to ``roi_size``, and cropped back.
 
-    The image is encoded once per window (``network.encode_context``, where the network has it) and shared by all
-    members and steps. Memory does not grow with the number of steps. Running out of it halves ``member_batch_size``
-    once, for this case and the following ones, and says so.
+    Every second pair sees the image flipped as training flips it, and its masks are flipped back (test-time
+    augmentation): where a network and its mirror image disagree, it is often wrong. Noise is flipped with the image.
+
+    The image is encoded once per window (``network.encode_context``, where the network has it), together with its
+    mirror image, and shared by all members and steps. Memory does not grow with the number of steps. Running out of it
+    halves ``member_batch_size`` once, for this case and the following ones, and says so.
 
     Args:
         scheduler: sampler.
@@ -68,6 +72,9 @@ class DiffusionEnsembleInferer(Inferer):
             all members so far is compared with that of the batch before; once no class of no image in the batch
             changes by more than this, no further members are drawn. By default all are. Where windows are needed,
             each batch goes over all of them, and encodes them anew.
+        flip_axes: spatial axes from 0, along all of which the image is flipped for every second pair of members; empty:
+            for none. By default those along which the network's training flipped, as its ``record`` says; none where it
+            has no record.
         progress: called after each pass of the network with the number of samples in it, such as the ``update`` of a
             tqdm bar; by default silent.
         amp: see :func:`medsegdiff_monai.settings.amp_dtype`.
@@ -89,6 +96,7 @@ class DiffusionEnsembleInferer(Inferer):
         sw_batch_size: int = 1,
         member_batch_size: int | None = None,
         agreement_threshold: float | None = None,
+        flip_axes: Sequence[int] | None = None,
         progress: Callable[[int], object] | None = None,
         amp: bool | str = False,
     ) -> None:
@@ -117,6 +125,7 @@ class DiffusionEnsembleInferer(Inferer):
             member_batch_size = self.num_members if agreement_threshold is None else 1
         self.member_batch_size = _count("member_batch_size", member_batch_size)
         self.agreement_threshold = agreement_threshold
+        self.flip_axes = flip_axes
         self.progress = progress
         self.seed = seed
         self.amp = amp_dtype(amp)
@@ -174,8 +183,8 @@ class DiffusionEnsembleInferer(Inferer):
                 f"{list(image.shape[2:])} with roi_size={list(self.roi_size)} needs a sampler whose only noise is the "
                 "first: DDIMScheduler with eta=0, or DPMSolverPlusPlusScheduler."
             )
-        context = self._encode(image, network) if whole else None
         everyone = range(self.num_members)
+        context = self._encode(image, everyone, network) if whole else None
         size = self.num_members if self.agreement_threshold is None else self.member_batch_size
         drawn: list[Tensor] = []
         stable = _Stability(self.agreement_threshold)
@@ -189,8 +198,21 @@ class DiffusionEnsembleInferer(Inferer):
                 break
         return torch.cat(drawn, dim=1) if len(drawn) > 1 else drawn[0]
 
-    @staticmethod
-    def _encode(image: Tensor, network: Callable) -> Tensor | list[Tensor]:
+    def views(self, members: range, network: Any) -> Views:
+        """Return how members see the image.
+
+        Args:
+            members: their numbers.
+            network: the denoiser, whose record tells how its training flipped.
+        """
+        axes, record = self.flip_axes, getattr(network, "record", None)
+        if axes is None:
+            axes = record.flip_axes() if isinstance(record, TrainingRecord) else ()
+        return Views([axis - len(self.roi_size) for axis in axes], members)
+
+    def _encode(self, image: Tensor, members: range, network: Any) -> Tensor | list[Tensor]:
+        """Encode an image, and its mirror image where members see that, both at once: (batch * views, ...)."""
+        image = self.views(members, network).of(image)
         encode = getattr(network, "encode_context", None)
         return image if encode is None else encode(image)
 
@@ -198,7 +220,7 @@ class DiffusionEnsembleInferer(Inferer):
         """Cover a large field (batch, channels, *field) by windows, with noise (members, classes, *roi)."""
 
         def segment(window: Tensor, noise: Tensor) -> Tensor:
-            return self._denoise(noise, members, self._encode(window, network), network)
+            return self._denoise(noise, members, self._encode(window, members, network), network)
 
         return self.window(image, noise, segment)
 
@@ -223,10 +245,12 @@ class DiffusionEnsembleInferer(Inferer):
 
     def _sample(self, noise: Tensor, members: range, context: Tensor | list[Tensor], network: Callable) -> Tensor:
         """Denoise members (batch, members, classes, *roi) all at once; returns probabilities of the same shape."""
-        shape = noise.shape
-        x = noise.flatten(0, 1)
+        shape, views = noise.shape, self.views(members, network)
+        x = views.turn(noise).flatten(0, 1)
         if isinstance(context, Tensor):  # a network that takes the image itself
-            context = context.repeat_interleave(shape[1], dim=0)
+            context = views.share(context, shape[0])
+        elif len(context[0]) > shape[0]:
+            context = [views.share(features, shape[0]) for features in context]
         scheduler = copy.deepcopy(self.scheduler)  # it keeps what it saw last: calls in other threads must not meet it
         scheduler.set_timesteps(self.num_steps)
         stochastic = getattr(scheduler, "is_stochastic", False)
@@ -234,11 +258,53 @@ class DiffusionEnsembleInferer(Inferer):
             out = network(x, torch.as_tensor(t, device=x.device).reshape(1), context)
             more = {}
             if stochastic:
-                more["noise"] = self.noise(members, i).to(x).repeat(shape[0], *[1] * (x.ndim - 1))
+                more["noise"] = views.turn(self.noise(members, i).to(x).expand(shape)).flatten(0, 1)
             x, _ = scheduler.step(out.to(x.dtype), t, x, **more)
             if self.progress is not None:
                 self.progress(len(x))
-        return ((x + 1) / 2).clamp(0, 1).reshape(shape)
+        return views.turn(((x + 1) / 2).clamp(0, 1).reshape(shape))
+
+
+class Views:
+    """How members see an image: as it is, or flipped.
+
+    Args:
+        dims: dimensions to flip, from -1 for the last; empty: no member sees a flipped image.
+        members: numbers of the members; every second pair sees the flipped image.
+    """
+
+    def __init__(self, dims: list[int], members: range) -> None:
+        self.dims = dims
+        self.members = members
+        self.is_flipped = [bool(dims) and self._in_second_pair(member) for member in members]
+        self.kinds = sorted(set(self.is_flipped))
+
+    @staticmethod
+    def _in_second_pair(member: Any) -> Any:
+        return member // ANTITHETIC % 2 == 1
+
+    def _flipped(self, device: torch.device) -> Tensor:
+        """The same as a tensor, that is made where it is needed: a GPU is not waited for."""
+        m = self.members
+        return self._in_second_pair(torch.arange(m.start, m.stop, m.step, device=device))
+
+    def of(self, image: Tensor) -> Tensor:
+        """The views of images (batch, ...) that there are, (batch * views, ...)."""
+        views = [image.flip(self.dims) if flipped else image for flipped in self.kinds]
+        return torch.stack(views, 1).flatten(0, 1) if len(views) > 1 else views[0]
+
+    def share(self, views: Tensor, batch: int) -> Tensor:
+        """Give each member its view: (batch * views, ...) to (batch * members, ...)."""
+        views = views.unflatten(0, (batch, -1))
+        if views.shape[1] == 1:
+            return views.expand(-1, len(self.members), *views.shape[2:]).flatten(0, 1)
+        return views[:, self._flipped(views.device).long()].flatten(0, 1)
+
+    def turn(self, x: Tensor) -> Tensor:
+        """Flip those of (batch, members, ...) that see a flipped image, there or back."""
+        if self.kinds == [False]:
+            return x
+        return torch.where(self._flipped(x.device).view(-1, *[1] * (x.ndim - 2)), x.flip(self.dims), x)
 
 
 class _Stability:

@@ -163,7 +163,12 @@ _DECLARED = [
     Variable("learning_rate", Number(above=0, high=1), "highest learning rate of AdamW", TRAIN),
     Variable("warmup_epochs", Whole(0), "epochs of learning rate warm-up", TRAIN),
     Variable("max_grad_norm", Number(above=0), "gradients are clipped to this norm", TRAIN),
-    Variable("flip_axes", ListOf(Whole(0, 2), 0, 3), "axes of the random flip, flipped together; []: none", TRAIN),
+    Variable(
+        "flip_axes",
+        ListOf(Whole(0, 2), 0, 3),
+        "axes of the random flip, flipped together; half of the members see the image so, too; []: none",
+        TRAIN,
+    ),
     Variable("augmentation", kinds.Transforms(), "further random transforms, of tensors without metadata", TRAIN),
     Variable("resume", Boolean(), "continue from the newest checkpoint in ckpt_dir", TRAIN),
     Variable("cache", Choice("memory", "disk", "none"), "where preprocessed cases are kept", TRAIN),

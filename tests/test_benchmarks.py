@@ -50,11 +50,16 @@ def test_accuracy_trains_each_method_once_and_scores_it(tmp_path, monkeypatch):
         classes = 1 if row["data"] == "LGG_MRI" else 2
         assert all(len(row[k]) == classes and min(row[k]) >= 0 for k in ("dice", "iou", "ece"))
         assert all(len(row[k]) == classes for k in ("ece_band", "auroc", "brier", "nsd"))
-        assert row["iterations"] >= 1 and row["passes"] == (1 if row["method"].startswith("MONAI") else 5)
+        method, shares = accuracy.TRAINED_AS.get(row["method"], row["method"]), row["method"] in accuracy.TRAINED_AS
+        passes = {"MONAI UNet": 1 + shares, "MONAI SegResNet": 1 + shares}
+        assert row["iterations"] >= 1 and row["passes"] == passes.get(method, 5)
+        assert row.get("flip_axes") == (None if method in passes else [0])
         objectives = {"MONAI UNet": None, "MONAI SegResNet": None, "mask objective": "mask"}
-        assert row.get("objective") == objectives.get(row["method"], "ensemble")
+        assert row.get("objective") == objectives.get(method, "ensemble")
         own = {"MONAI UNet": 0.02 if row["data"] == "LGG_MRI" else 0.01, "MONAI SegResNet": 0.002}
-        assert row["learning_rate"] == own.get(row["method"], rates[row["data"]])
+        assert row["learning_rate"] == own.get(method, rates[row["data"]])
+        (trained,) = [r for r in rows if (r["data"], r["method"]) == (row["data"], method)]
+        assert row["iterations"] == trained["iterations"]
         assert len(row["dice_of_cases"]) == row["cases"] and "dice_volume" not in row
         values = row["dice_of_cases"].values()
         assert sum(values) / len(values) == pytest.approx(sum(row["dice"]) / classes, abs=1e-3)
@@ -70,6 +75,7 @@ def test_accuracy_trains_each_method_once_and_scores_it(tmp_path, monkeypatch):
     )
     size = {row["method"]: row["parameters_m"] for row in rows if row["data"] == "LGG_MRI"}
     assert size["plain DPM"] < size["+ dynamic conditioning"] < size["+ FF-Parser"]
+    assert len(list(tmp_path.glob("*.pt"))) == 2 * (len(accuracy.METHODS) - len(accuracy.TRAINED_AS)) + 1
     monkeypatch.setattr(accuracy, "run", lambda *_: pytest.fail("a run that is in the results was repeated"))
     call(monkeypatch, accuracy, *arguments, "--data", "LGG_MRI")
 
@@ -86,6 +92,16 @@ def test_accuracy_trains_each_method_once_and_scores_it(tmp_path, monkeypatch):
     arguments = ["--data_root", tmp_path, "--seconds", 0.2, "--work_dir", tmp_path, "--output_dir", tmp_path]
     call(monkeypatch, figures, *arguments, "--data", "LGG_MRI")
     assert (tmp_path / "LGG_MRI.png").read_bytes().startswith(b"\x89PNG")
+
+
+@torch.no_grad()
+def test_a_peer_that_flips_gives_the_mean_of_both_views():
+    parser = accuracy.configure("train", "LGG_MRI", Path("nowhere"), 0, {"roi_size": [16, 16], "channels": [8, 16]})
+    plain, flipping, image = peers.unet(parser), peers.flipping(peers.unet)(parser), torch.rand(1, 3, 16, 16)
+    found = flipping.segment(plain.module.eval(), image)
+    mirrored = plain.segment(plain.module, image.flip(2)).flip(2)
+    torch.testing.assert_close(found, (plain.segment(plain.module, image) + mirrored) / 2)
+    assert not torch.allclose(found, mirrored, atol=1e-4)
 
 
 def test_sampling_writes_a_table_and_goes_on_from_finished_rows(tmp_path, monkeypatch):

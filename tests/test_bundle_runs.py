@@ -31,6 +31,7 @@ def test_volumes_train_evaluate_infer_and_keep_their_geometry(bundle, volumes):
     assert (models / "checkpoint_epoch=1.pt").is_file()
     known = {name for name, value in weights.items() if name.startswith("record.") and value.any()}
     assert {"record.extent", "record.intensity", "record.size"} <= known
+    assert weights["record.flipped"].tolist() == [1, 0, 0]  # flip_axes of the training
     assert (training / "curves.png").is_file() and "val_mean_dice" in (training / "history.csv").read_text()
 
     (row,) = read_table(bundle("evaluate", **settings))

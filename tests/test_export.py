@@ -99,10 +99,12 @@ def test_a_field_that_the_stride_does_not_divide_is_refused():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("flip_axes", [[], [1]])
 @pytest.mark.parametrize("spatial_dims", [2, 3])
-def test_script_gives_the_mean_of_the_members_at_any_size(spatial_dims):
+def test_script_gives_the_mean_of_the_members_at_any_size(spatial_dims, flip_axes):
     """The field itself, smaller, odd, larger along one axis, and larger along all."""
     net, inferer = small_net(spatial_dims), make_inferer(spatial_dims, num_steps=3)
+    net.record.flipped[flip_axes] = 1
     script = scripted(Segmenter(net, inferer))
     sizes = {2: [(8, 12), (5, 7), (11, 9), (21, 30)], 3: [(4, 8, 6), (3, 5, 6), (7, 8, 3), (9, 13, 7)]}
     for size in sizes[spatial_dims]:

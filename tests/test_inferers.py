@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -69,6 +70,48 @@ def test_members_come_in_pairs_of_opposite_noise(step):
     assert abs(float(pairs.mean())) < 0.05 and abs(float(pairs.std()) - 1) < 0.05
     correlation = torch.corrcoef(noise[::2].flatten(1)) - torch.eye(100)
     assert correlation.abs().max() < 0.5  # of 128 numbers each: pairs are independent
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("batch", [None, 1, 3])
+@pytest.mark.parametrize("axes", [[0], [0, 1]])
+def test_every_second_pair_sees_the_image_flipped(axes, batch, network):
+    images, dims = torch.rand(2, 1, 8, 8), [axis - 2 for axis in axes]
+    found, plain, mirrored = (inferer(num_members=7, flip_axes=a, member_batch_size=batch) for a in (axes, [], []))
+    noise = plain.noise
+    mirrored.noise = lambda *args: noise(*args).flip(dims)
+    upright = plain(images, network).unflatten(1, (7, 2))
+    flipped = mirrored(images.flip(dims), network).flip(dims).unflatten(1, (7, 2))
+    assert (flipped - upright).abs().amax((0, 2, 3, 4)).min() > 1e-3
+    expected = [flipped[:, i] if i in (2, 3, 6) else upright[:, i] for i in range(7)]
+    torch.testing.assert_close(found(images, network).unflatten(1, (7, 2)), torch.stack(expected, 1), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("more", [{}, {"member_batch_size": 2}, {"agreement_threshold": 1.0}])
+@pytest.mark.parametrize("kind, size", [(DDIMScheduler, (8, 8)), (DDIMScheduler, (13, 21)), (DDPMScheduler, (8, 8))])
+def test_flips_change_nothing_for_a_network_that_does_not_mind(kind, size, more):
+    """Image, noise of all steps and masks are flipped together, in windows as well."""
+
+    def network(x, timesteps, context):
+        return (x * context).clamp(-1, 1)
+
+    image, settings = torch.randn(2, 1, *size), {"num_members": 6, **more}
+    flipped, plain = inferer(flip_axes=[0], **settings), inferer(**settings)
+    for one in (flipped, plain):
+        one.scheduler = kind(schedule="cosine", prediction_type="sample")
+    torch.testing.assert_close(flipped(image, network), plain(image, network), atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [(8, 8), (12, 8)])
+def test_flips_are_those_of_the_training_that_the_weights_remember(size, network):
+    image, old = torch.rand(1, 1, *size), copy.deepcopy(network)
+    network = copy.deepcopy(network)
+    network.record.flipped.copy_(torch.tensor([0.0, 1.0]))
+    settings = {"num_members": 4}
+    assert torch.equal(inferer(**settings)(image, network), inferer(flip_axes=[1], **settings)(image, old))
+    assert torch.equal(inferer(**settings)(image, old), inferer(flip_axes=[], **settings)(image, network))
+    assert not torch.equal(inferer(**settings)(image, network), inferer(**settings)(image, old))
 
 
 def test_windows_see_their_piece_of_one_noise_field():

@@ -22,12 +22,14 @@ __all__ = ["FitCalibration"]
 class FitCalibration:
     """Fit the calibration of probabilities and of the expected Dice at each validation, and keep it with the weights.
 
-    What the training's cases are like is kept too, for those that come to be segmented. Attach to the validator.
+    What the training's cases are like, and how they were flipped, is kept too, for those that come to be segmented.
+    Attach to the validator.
 
     Args:
         network: the network that is validated, with a :class:`medsegdiff_monai.networks.TrainingRecord` as ``record``.
         cases: the training's data list; cases without ``facts``, which the check of the data adds, do not count.
         regions: names of the classes, which are kept too, see :class:`medsegdiff_monai.transforms.Regions`.
+        flip_axes: spatial axes along which training flips images.
     """
 
     def __init__(
@@ -35,9 +37,11 @@ class FitCalibration:
         network: nn.Module,
         cases: Sequence[Mapping[str, Any]] = (),
         regions: Mapping[str, Sequence[int]] | None = None,
+        flip_axes: Sequence[int] = (),
     ) -> None:
         self.record: Any = network.record
         self.names = list(regions or ())
+        self.flip_axes = list(flip_axes)
         self.facts = [CaseFacts.from_json(case["facts"]) for case in cases if "facts" in case]
         self._start()
 
@@ -71,6 +75,7 @@ class FitCalibration:
         fits = [fit_grading(*zip(*((a[k], d[k]) for a, d in cases))) for k in range(len(self.record.grading))]
         self.record.reliability.copy_(self._counts.table())
         self.record.grading.copy_(torch.tensor(fits))
+        self.record.flipped.zero_()[self.flip_axes] = 1
         if self.names:
             self.record.set_names(self.names)
         if self.facts:

@@ -39,6 +39,7 @@ class TrainingRecord(nn.Module):
         extent: (2, spatial_dims), least and greatest extent of the images in mm, or pixels without spacing.
         intensity: (2, 2, in_channels), least and greatest mean and standard deviation of each channel.
         size: (2, classes), least and greatest volume of a class in mm^3 (mm^2, pixels), empty masks left out.
+        flipped: (spatial_dims,), 1 for the axes along which training flips images.
         letters: (classes, 40), uint8, the names of the classes in UTF-8, filled up by zeros.
     """
 
@@ -50,12 +51,18 @@ class TrainingRecord(nn.Module):
         self.extent = nn.Buffer(torch.zeros(2, spatial_dims))
         self.intensity = nn.Buffer(torch.zeros(2, 2, in_channels))
         self.size = nn.Buffer(torch.zeros(2, out_channels))
+        self.flipped = nn.Buffer(torch.zeros(spatial_dims))
         self.letters = nn.Buffer(torch.zeros(out_channels, NAME_BYTES, dtype=torch.uint8))
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         """Take what is there: weights from before there was a record are complete without one."""
         present = {f"{prefix}{name}": buffer for name, buffer in self.named_buffers()}
         super()._load_from_state_dict({**present, **state_dict}, prefix, *args)  # type: ignore[arg-type]
+
+    @torch.jit.unused
+    def flip_axes(self) -> list[int]:
+        """Return the spatial axes along which training flips images; none where that is not known."""
+        return [axis for axis, flipped in enumerate(self.flipped.tolist()) if flipped > 0.5]
 
     @torch.jit.unused
     def names(self) -> list[str]:
