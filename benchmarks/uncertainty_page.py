@@ -33,16 +33,16 @@ cases for the same CPU time of one thread, in turns, as `benchmarks.peers` train
 patient where patients are known, is held out; whatever is fitted is fitted on these, and nothing on the cases that
 are scored.
 
-- **this bundle**: the default objective, 16 masks of one pass each.
+- **this bundle**: the default objective, 16 masks of one pass each, half of them of the image flipped as in training.
 - **UNet**: MONAI's, of about the same number of parameters, one mask; **UNet, flips**: the same network on the image
   and on the image flipped along the axes that training flips, or along **all** axes.
 - **UNet, MC dropout**: trained with dropout, which stays on for 16 passes.
 - **five UNets**: a fifth of the time each, a mask from each.
 
 In 2D, the learning rates of the UNet and of the UNet with dropout are the one that was chosen for a UNet on held-out
-cases ([results](../../docs/results.md)). These two were trained later than the others, in turns with each other, when
-the machine was faster: they had more iterations. Other rates, such as those of the five UNets and in 3D, were not
-chosen in this way.
+cases ([results](../../docs/results.md)). These two were trained later than the five UNets, in turns with each other,
+and this bundle later still, by itself; the iterations tell what the time was worth. Other rates, such as those of the
+five UNets and in 3D, were not chosen in this way.
 
 **Cases.** A score of confidence orders the cases; the risk is 1 − Dice (mean over classes). **AURC** is the area
 under the risk-coverage curve, **E-AURC** what of it a perfect order would not have, the correlation is Spearman's

@@ -278,15 +278,18 @@ class Views:
         self.members = members
         self.is_flipped = [bool(dims) and self._in_second_pair(member) for member in members]
         self.kinds = sorted(set(self.is_flipped))
+        self._mask: Tensor | None = None
 
     @staticmethod
     def _in_second_pair(member: Any) -> Any:
         return member // ANTITHETIC % 2 == 1
 
     def _flipped(self, device: torch.device) -> Tensor:
-        """The same as a tensor, that is made where it is needed: a GPU is not waited for."""
-        m = self.members
-        return self._in_second_pair(torch.arange(m.start, m.stop, m.step, device=device))
+        """The same as a tensor, made where it is needed: a GPU is not waited for."""
+        if self._mask is None:
+            m = self.members
+            self._mask = self._in_second_pair(torch.arange(m.start, m.stop, m.step, device=device))
+        return self._mask
 
     def of(self, image: Tensor) -> Tensor:
         """The views of images (batch, ...) that there are, (batch * views, ...)."""
@@ -295,10 +298,10 @@ class Views:
 
     def share(self, views: Tensor, batch: int) -> Tensor:
         """Give each member its view: (batch * views, ...) to (batch * members, ...)."""
-        views = views.unflatten(0, (batch, -1))
-        if views.shape[1] == 1:
-            return views.expand(-1, len(self.members), *views.shape[2:]).flatten(0, 1)
-        return views[:, self._flipped(views.device).long()].flatten(0, 1)
+        rows = len(views) // batch  # of an image
+        seen = [row if rows > 1 else 0 for row in self.is_flipped]
+        # slices, as an index would lose the memory format that convolutions want
+        return torch.cat([views[(i := image * rows + row) : i + 1] for image in range(batch) for row in seen])
 
     def turn(self, x: Tensor) -> Tensor:
         """Flip those of (batch, members, ...) that see a flipped image, there or back."""
