@@ -51,7 +51,7 @@ Lung nodules in CT that four radiologists outlined, each by themselves, or did n
 All methods learn from the masks of all four, of the same batches with the same augmentation, for the same CPU time of
 one thread: AdamW, a learning rate that falls by a half cosine, clipped gradients, averaged weights. The networks have
 about as many parameters, unless the table says otherwise. Learning rates were chosen at 64×64: at 128×128, five U-Nets
-mark next to nothing after a fifth of the time each. At 64×64 the other methods ran in turns; ours ran by itself a day
+mark next to nothing after a fifth of the time each. At 64×64 the other methods ran in turns; ours ran by itself
 later, after its warm start and its network had changed; "mask objective" has the former, dearer network. At 128×128 all
 ran in turns. On a GPU (`--device cuda`) they trained side by side on one card, each by a process of its own, in
 bfloat16, with torch 2.11.0+cu130 and for the same time by the clock; the CPU scored them in single precision. The
