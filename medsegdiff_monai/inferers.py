@@ -117,6 +117,13 @@ class DiffusionEnsembleInferer(Inferer):
             raise InputError(f"agreement_threshold={agreement_threshold} is a Dice: above 0, at most 1.")
         if isinstance(overlap, bool) or not isinstance(overlap, (int, float)) or not 0 <= overlap < 1:
             raise InputError(f"overlap={overlap!r} must be a number of at least 0 and below 1.")
+        axes = range(len(roi_size))
+        if flip_axes is not None and not (
+            isinstance(flip_axes, Sequence)
+            and all(type(axis) is int and axis in axes for axis in flip_axes)
+            and len(set(flip_axes)) == len(flip_axes)
+        ):
+            raise InputError(f"flip_axes={flip_axes!r} must be a list of different axes from 0 to {len(axes) - 1}.")
         self.scheduler: Any = scheduler
         self.num_classes = num_classes
         self.roi_size = tuple(roi_size)

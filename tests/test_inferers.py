@@ -87,6 +87,12 @@ def test_every_second_pair_sees_the_image_flipped(axes, batch, network):
     torch.testing.assert_close(found(images, network).unflatten(1, (7, 2)), torch.stack(expected, 1), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("axes", [[-1], [2], [0, 0], 0, "0", [True], [0.0]])
+def test_axes_of_flips_that_are_no_axes_are_refused(axes):
+    with pytest.raises(InputError, match=r"flip_axes=.* must be a list of different axes from 0 to 1"):
+        inferer(flip_axes=axes)
+
+
 @pytest.mark.parametrize("more", [{}, {"member_batch_size": 2}, {"agreement_threshold": 1.0}])
 @pytest.mark.parametrize("kind, size", [(DDIMScheduler, (8, 8)), (DDIMScheduler, (13, 21)), (DDPMScheduler, (8, 8))])
 def test_flips_change_nothing_for_a_network_that_does_not_mind(kind, size, more):
