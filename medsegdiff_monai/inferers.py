@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -52,7 +52,8 @@ class DiffusionEnsembleInferer(Inferer):
     drawn at a time. Smaller images are padded to ``roi_size``, and cropped back.
 
     Every second pair sees the image flipped as training flips it, and its masks are flipped back (test-time
-    augmentation): where a network and its mirror image disagree, it is often wrong. Noise is flipped with the image.
+    augmentation): where the masks of an image and of its mirror image disagree, they are often wrong. Noise is flipped
+    with the image.
 
     The image is encoded once per window (``network.encode_context``, where the network has it), together with its
     mirror image, and shared by all members and steps. Memory does not grow with the number of steps. Running out of it
@@ -256,8 +257,8 @@ class DiffusionEnsembleInferer(Inferer):
         x = views.turn(noise).flatten(0, 1)
         if isinstance(context, Tensor):  # a network that takes the image itself
             context = views.share(context, shape[0])
-        elif len(context[0]) > shape[0]:
-            context = [views.share(features, shape[0]) for features in context]
+        elif views.dims:
+            context = _share_all(views, context, shape[0])
         scheduler = copy.deepcopy(self.scheduler)  # it keeps what it saw last: calls in other threads must not meet it
         scheduler.set_timesteps(self.num_steps)
         stochastic = getattr(scheduler, "is_stochastic", False)
@@ -292,7 +293,7 @@ class Views:
         return member // ANTITHETIC % 2 == 1
 
     def _flipped(self, device: torch.device) -> Tensor:
-        """The same as a tensor, made where it is needed: a GPU is not waited for."""
+        """The same as a tensor, made where it is needed."""
         if self._mask is None:
             m = self.members
             self._mask = self._in_second_pair(torch.arange(m.start, m.stop, m.step, device=device))
@@ -315,6 +316,16 @@ class Views:
         if self.kinds == [False]:
             return x
         return torch.where(self._flipped(x.device).view(-1, *[1] * (x.ndim - 2)), x.flip(self.dims), x)
+
+
+def _share_all(views: Views, encoded: Any, batch: int) -> Any:
+    """Give each member its view of all that an encoder returned, in whatever containers; of one view, as it is."""
+    if isinstance(encoded, Mapping):
+        return {name: _share_all(views, part, batch) for name, part in encoded.items()}
+    if isinstance(encoded, (list, tuple)):
+        return type(encoded)(_share_all(views, part, batch) for part in encoded)
+    doubled = isinstance(encoded, Tensor) and encoded.ndim and len(encoded) > batch
+    return views.share(encoded, batch) if doubled else encoded
 
 
 class _Stability:

@@ -87,6 +87,21 @@ def test_every_second_pair_sees_the_image_flipped(axes, batch, network):
     torch.testing.assert_close(found(images, network).unflatten(1, (7, 2)), torch.stack(expected, 1), atol=1e-5, rtol=0)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("axes", [[], [0]])
+@pytest.mark.parametrize("pack", [tuple, lambda levels: {"levels": levels, "scale": torch.tensor(1.0)}])
+def test_an_encoder_may_return_any_container(pack, axes, network):
+    class Own(torch.nn.Module):
+        def encode_context(self, image):
+            return pack(network.encode_context(image))
+
+        def forward(self, x, timesteps, context):
+            return network(x, timesteps, list(context["levels"] if isinstance(context, dict) else context))
+
+    image, settings = torch.rand(2, 1, 8, 8), {"num_members": 5, "flip_axes": axes}
+    torch.testing.assert_close(inferer(**settings)(image, Own()), inferer(**settings)(image, network))
+
+
 @pytest.mark.parametrize("axes", [[-1], [2], [0, 0], 0, "0", [True], [0.0]])
 def test_axes_of_flips_that_are_no_axes_are_refused(axes):
     with pytest.raises(InputError, match=r"flip_axes=.* must be a list of different axes from 0 to 1"):
