@@ -32,7 +32,7 @@ from monai.utils import set_determinism
 from torch import Tensor, nn
 
 from medsegdiff_monai import __version__
-from medsegdiff_monai.inferers import ANTITHETIC
+from medsegdiff_monai.inferers import DRAWN_TOGETHER
 from medsegdiff_monai.metrics import boundary_band, expected_calibration_error, iou_matrix, rater_scores
 
 from .accuracy import BAND, ROOT, append, is_known, positive
@@ -293,7 +293,7 @@ def shipped(options: argparse.Namespace) -> dict[str, Any]:
         "monai": monai.__version__,
         "date": datetime.date.today().isoformat(),
     }
-    return {**known, **how, **evaluate(lambda image, _: run(image), crops, ANTITHETIC, subgroups(crops))}
+    return {**known, **how, **evaluate(lambda image, _: run(image), crops, DRAWN_TOGETHER, subgroups(crops))}
 
 
 def missing(name: str, seed: int, options: argparse.Namespace) -> bool:

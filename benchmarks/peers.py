@@ -28,7 +28,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from medsegdiff_monai.files import replacing
 from medsegdiff_monai.handlers import WarmStart
-from medsegdiff_monai.inferers import ANTITHETIC
+from medsegdiff_monai.inferers import DRAWN_TOGETHER
 from medsegdiff_monai.objective import mask_loss
 
 from .forward import parameters
@@ -122,7 +122,7 @@ def ours(parser: ConfigParser) -> Peer:
         lambda trained, image: infer(image, trained),
         members * steps,
         None,
-        ANTITHETIC,
+        DRAWN_TOGETHER,
         WarmStart(prepare).at,
         autocasts=True,
     )

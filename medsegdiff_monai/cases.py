@@ -19,7 +19,7 @@ from .data.pictures import PICTURES
 from .data.reading import image_spacing, load_image
 from .fusion import most_different
 from .grading import Grade, grade, measure, members_agreement, reasons_to_look
-from .inferers import ANTITHETIC
+from .inferers import DRAWN_TOGETHER
 from .networks import TrainingRecord
 from .nifti import nifti_bytes
 from .pictures import error_map, overlay_bytes, palette_png_bytes
@@ -152,7 +152,7 @@ class CaseResult:
         row |= size_row(self.case)
         row |= uncertainty_row(self.output["uncertainty_entropy"], self.output["uncertainty_mi"])
         if self.label is not None:
-            row |= score_row(self.case, self.label, self.raters, ANTITHETIC, tolerance)
+            row |= score_row(self.case, self.label, self.raters, DRAWN_TOGETHER, tolerance)
         return row | cleanup_row(self.case, self.output.get(BEFORE), self.label)
 
     def structures(self) -> list[dict[str, Any]]:

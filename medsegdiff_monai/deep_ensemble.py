@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .errors import InputError
 from .grading import training_range
-from .inferers import DiffusionEnsembleInferer
+from .inferers import ANTITHETIC, DRAWN_TOGETHER, DiffusionEnsembleInferer, Views
 from .networks import TrainingRecord
 from .weights import load_weights, network_weights
 
@@ -93,7 +93,7 @@ def merge_records(merged: TrainingRecord, records: Sequence[Any], files: Sequenc
 
     Calibration curves, and scales and shifts of the expected Dice, are averaged; a class of which one training knows
     none has none. No training has seen the errors of the whole ensemble, so that the expected Dice has no interval.
-    The range of cases is that of all trainings together.
+    The range of cases is that of all trainings together; the axes of flips are those that all of them flipped.
 
     Args:
         merged: where it is put.
@@ -118,6 +118,7 @@ def merge_records(merged: TrainingRecord, records: Sequence[Any], files: Sequenc
     graded = (grading[..., 0] > 0).all(0)
     merged.grading.copy_(grading.mean(0) * graded[:, None])
     merged.grading[:, 2] = 0
+    merged.flipped.copy_(torch.stack([record.flipped for record in records]).amin(0))
     for name in ("extent", "intensity", "size"):
         ranges = [ends for record in records if (ends := getattr(record, name)).any()]
         if ranges:
@@ -128,7 +129,9 @@ class DeepEnsembleInferer(DiffusionEnsembleInferer):
     """A :class:`DiffusionEnsembleInferer` that shares its members among the networks of a :class:`DeepEnsemble`.
 
     Of K networks, member i is drawn from number i modulo K, with the noise that member i always has. Five members of
-    two weights are three and two, and as many passes as five members of one. Any other network is sampled as ever.
+    two weights are three and two, and as many passes as five members of one. Where K is a multiple of four, so that all
+    members of a network would see the same view of the image, they see both in turn. Any other network is sampled as
+    ever.
 
     Raises:
         InputError: at the call, for fewer members than networks.
@@ -141,6 +144,15 @@ class DeepEnsembleInferer(DiffusionEnsembleInferer):
                 "checkpoint, of which each makes one at least."
             )
         return super()._ensemble(image, network)
+
+    def views(self, members: range, network: Any) -> Views:
+        """Return how members, of those that one network draws, see the image."""
+        number = members.step  # of networks
+        if number % DRAWN_TOGETHER == 0:
+            rank, network_number = divmod(members.start, number)  # rank among the members of this network
+            first = network_number + ANTITHETIC * rank
+            members = range(first, first + ANTITHETIC * len(members), ANTITHETIC)
+        return super().views(members, network)
 
     def _encode(self, image: Tensor, members: range, network: Any) -> Any:
         if not isinstance(network, DeepEnsemble):

@@ -23,11 +23,13 @@ from .networks import TrainingRecord
 from .settings import amp_dtype
 from .windows import MemberWindows
 
-__all__ = ["ANTITHETIC", "DiffusionEnsembleInferer"]
+__all__ = ["DRAWN_TOGETHER", "DiffusionEnsembleInferer"]
 
 logger = logging.getLogger(__name__)
 
 ANTITHETIC = 2  # members in a row whose noise is not independent
+VIEWS = 2  # of an image: as it is, and flipped
+DRAWN_TOGETHER = ANTITHETIC * VIEWS  # members in a row whose distances are not those of independent draws
 
 
 def _count(name: str, value: int | str) -> int:
@@ -290,7 +292,7 @@ class Views:
 
     @staticmethod
     def _in_second_pair(member: Any) -> Any:
-        return member // ANTITHETIC % 2 == 1
+        return member // ANTITHETIC % VIEWS == 1
 
     def _flipped(self, device: torch.device) -> Tensor:
         """The same as a tensor, made where it is needed."""

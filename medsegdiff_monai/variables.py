@@ -166,7 +166,7 @@ _DECLARED = [
     Variable(
         "flip_axes",
         ListOf(Whole(0, 2), 0, 3),
-        "axes of the random flip, flipped together; half of the members see the image so, too; []: none",
+        "axes of the random flip, flipped together; every second pair of members sees the image so; []: none",
         TRAIN,
     ),
     Variable("augmentation", kinds.Transforms(), "further random transforms, of tensors without metadata", TRAIN),

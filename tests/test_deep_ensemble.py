@@ -60,6 +60,23 @@ def test_member_i_is_that_of_network_i_modulo_their_number(number, batch, shape)
     assert not torch.allclose(alone[0], alone[1], atol=1e-3)
 
 
+@pytest.mark.parametrize("number, batch", [(2, None), (3, 4), (4, None), (4, 1), (8, None)])
+def test_each_network_sees_both_views(number, batch):
+    ensemble, settings = make_ensemble(number), {**SETTINGS, "num_members": 4 * number, "member_batch_size": batch}
+    image, scheduler = torch.rand(IMAGES["whole"]), DDIMScheduler(schedule="cosine")
+    inferer = DeepEnsembleInferer(scheduler, flip_axes=[1], **settings)
+    found = members(inferer, image, ensemble)
+    for k, one in enumerate(ensemble.networks):
+        plain, mirrored = (DiffusionEnsembleInferer(scheduler, flip_axes=[], **settings) for _ in range(2))
+        mirrored.noise = lambda *args, noise=plain.noise: noise(*args).flip(-1)
+        views = [members(plain, image, one), members(mirrored, image.flip(-1), one).flip(-1)]
+        seen = [
+            [torch.allclose(found[:, i], view[:, i], atol=1e-5) for view in views]
+            for i in range(k, 4 * number, number)
+        ]
+        assert sorted(seen) == [[False, True]] * 2 + [[True, False]] * 2
+
+
 def test_samplers_that_draw_noise_at_every_step_draw_that_of_the_member():
     image, ensemble, scheduler = torch.rand(1, 1, 16, 16), make_ensemble(2), DDPMScheduler(schedule="cosine")
     found = members(DeepEnsembleInferer(scheduler, **SETTINGS), image, ensemble)
@@ -110,6 +127,7 @@ def write_weights(folder: Path, number: int) -> list[str]:
         network.record.reliability.copy_(torch.linspace(0, 1 / (seed + 1), 129).expand(2, -1))
         network.record.grading.copy_(torch.tensor([[1.0 + seed, -seed, 0.5]] * 2))
         network.record.extent.copy_(torch.tensor([[10.0 + seed] * 2, [20.0 + seed] * 2]))
+        network.record.flipped.copy_(torch.tensor([1.0, seed]))
         network.record.set_names(["disc", "cup"])
         files.append(str(folder / f"{seed}.pt"))
         torch.save(network.state_dict(), files[-1])
@@ -125,6 +143,7 @@ def test_records_are_put_together(tmp_path):
     record = ensemble.record
     torch.testing.assert_close(record.reliability, torch.linspace(0, 0.75, 129).expand(2, -1))
     assert record.grading.tolist() == [[1.5, -0.5, 0.0]] * 2  # no interval: nobody measured this ensemble
+    assert record.flip_axes() == [0]
     assert record.extent.tolist() == [[10.0, 10.0], [21.0, 21.0]] and record.names() == ["disc", "cup"]
 
 

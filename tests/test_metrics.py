@@ -11,6 +11,7 @@ import torch
 from monai.metrics import CalibrationErrorMetric
 
 from medsegdiff_monai import metrics
+from medsegdiff_monai.inferers import ANTITHETIC, DRAWN_TOGETHER, Views
 from medsegdiff_monai.metrics import (
     best_iou_per_rater,
     boundary_band,
@@ -242,6 +243,15 @@ def test_area_under_the_roc_curve_is_that_over_all_pairs_in_each_class():
         bad, good = (uncertainty[k][where[k] & some][:, None] for some in (wrong[k], ~wrong[k]))
         more = (bad > good.T).double() + (bad == good.T) / 2
         assert float(area) == pytest.approx(float(more.mean()))
+
+
+@pytest.mark.parametrize("number", [5, 6, 7, 8, 16])
+def test_members_of_both_views_are_compared_as_often_as_chance_would(number):
+    """The view alone decides which of two raters a member draws: 0 in expectation."""
+    raters = masks(2, 3)
+    members = raters[torch.tensor(Views([-1], range(number)).is_flipped).long()]
+    assert generalised_energy_distance(members, raters, DRAWN_TOGETHER) == pytest.approx(0, abs=1e-12)
+    assert generalised_energy_distance(members, raters, ANTITHETIC) < -0.01
 
 
 def test_members_that_were_drawn_together_are_not_compared():

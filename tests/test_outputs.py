@@ -24,7 +24,7 @@ from medsegdiff_monai.data import DataSpec, inference_items
 from medsegdiff_monai.errors import InputError, Interrupted
 from medsegdiff_monai.handlers import EnergyDistance
 from medsegdiff_monai.handlers.training_report import TrainingReport
-from medsegdiff_monai.inferers import ANTITHETIC
+from medsegdiff_monai.inferers import DRAWN_TOGETHER
 from medsegdiff_monai.journal import CaseJournal, file_stamps
 from medsegdiff_monai.metrics import expected_calibration_error, generalised_energy_distance, rater_scores
 from medsegdiff_monai.outputs import OUTPUTS, check_outputs, output_files
@@ -216,7 +216,7 @@ def write(folder: Path, *cases: tuple[dict, dict], **settings: Any) -> list[dict
 def test_scores_against_raters_are_in_the_table(classes, endings, tmp_path):
     item, output = rated_case(tmp_path, classes=classes)
     (row,) = write(tmp_path, (item, output))
-    expected = rater_scores(output["member_masks"], item["raters"] > 0, ANTITHETIC)
+    expected = rater_scores(output["member_masks"], item["raters"] > 0, DRAWN_TOGETHER)
     for k, ending in enumerate(endings):
         for name in ("ged", "matched_iou", "best_iou", "ncc"):
             assert float(row[name + ending]) == pytest.approx(expected[name][k], abs=1e-6)
@@ -235,7 +235,7 @@ def test_a_case_without_raters_has_no_such_scores(tmp_path):
 
 def test_the_summary_leaves_out_what_is_no_number(tmp_path, caplog):
     """The energy distance of a single member, the correlation where raters agree."""
-    cases = [rated_case(tmp_path, members, 1) for members in (1, 4, 5)]
+    cases = [rated_case(tmp_path, members, 1) for members in (1, 5, 6)]
     cases[2][0]["raters"][:] = cases[2][1]["label"]
     with caplog.at_level("INFO"):
         rows = write(tmp_path, *cases)
@@ -275,13 +275,13 @@ def test_evaluation_scores_members_against_raters(bundle, rated, tmp_path):
     members = np.moveaxis(nib.load(out / "image_4" / "image_4_members.nii.gz").get_fdata(), -1, 0)
     raters = np.stack([nib.load(rated / f"image_4_rater_{s}.nii.gz").get_fdata() for s in (-1, 0, 1)])
     for value in (1, 2):
-        scores = rater_scores(*(torch.tensor(maps == value)[:, None] for maps in (members, raters)), ANTITHETIC)
+        scores = rater_scores(*(torch.tensor(maps == value)[:, None] for maps in (members, raters)), DRAWN_TOGETHER)
         for name, (expected,) in scores.items():
             assert float(row[f"{name}_class_{value}"]) == pytest.approx(expected, abs=1e-6, nan_ok=True)
 
 
 def test_validation_follows_the_energy_distance(bundle, rated):
-    settings = {**VOLUME_SETTINGS, "dataset_dir": rated, "val_num_members": 4}
+    settings = {**VOLUME_SETTINGS, "dataset_dir": rated, "val_num_members": 5}
     history = (bundle("train", **settings) / "history.csv").read_text().splitlines()
     value = dict(zip(history[0].split(","), history[1].split(",")))["val_ged"]
     assert -1 < float(value) <= 2
@@ -297,17 +297,17 @@ def validate(name: str, cases: list[tuple[dict, dict]]) -> dict[str, float]:
 
 
 def test_energy_distance_is_the_mean_over_cases_with_raters_and_members(tmp_path):
-    four, alone = rated_case(tmp_path, 4), rated_case(tmp_path, 3)
-    too_few = [rated_case(tmp_path, number) for number in range(1, ANTITHETIC + 1)]
+    five, alone = rated_case(tmp_path, 5), rated_case(tmp_path, 3)
+    too_few = [rated_case(tmp_path, number) for number in range(1, DRAWN_TOGETHER + 1)]
     del alone[0]["raters"]
-    five = rated_case(tmp_path, 5)
+    six = rated_case(tmp_path, 6)
     expected = [
         np.mean(
-            [generalised_energy_distance(o["member_masks"][:, k], i["raters"][:, k] > 0, ANTITHETIC) for k in (0, 1)]
+            [generalised_energy_distance(o["member_masks"][:, k], i["raters"][:, k] > 0, DRAWN_TOGETHER) for k in (0, 1)]
         )
-        for i, o in (four, five)
+        for i, o in (five, six)
     ]
-    metrics = validate("val_ged", [four, *too_few, alone, five])
+    metrics = validate("val_ged", [five, *too_few, alone, six])
     assert metrics == {"val_ged": pytest.approx(np.mean(expected), abs=1e-12)}
     assert type(metrics["val_ged"]) is float  # which the history takes
     assert validate("val_ged", [*too_few, alone]) == {}

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..cases import distinct_members, raters_of, read_source
 from ..files import write_atomically
-from ..inferers import ANTITHETIC
+from ..inferers import DRAWN_TOGETHER
 from ..metrics import generalised_energy_distance, known_part
 from ..pictures import error_map, overlay_bytes
 from ..transforms import Regions
@@ -103,7 +103,7 @@ class EnergyDistance:
     """Add the generalised energy distance of members and raters to the metrics: whether members differ as experts do.
 
     The mean over classes, then over the cases that have ``raters``; there is no such metric where no case does, or with
-    fewer than three members. Attach to the validator (:mod:`.order`).
+    fewer than five members. Attach to the validator (:mod:`.order`).
 
     Args:
         name: of the metric (:func:`medsegdiff_monai.metrics.generalised_energy_distance`, the smaller the better).
@@ -123,10 +123,10 @@ class EnergyDistance:
         state: Any = engine.state
         for item, output in zip(state.batch, state.output):
             raters, members = raters_of(item, output), output["member_masks"]
-            if raters is not None and len(members) > ANTITHETIC:
+            if raters is not None and len(members) > DRAWN_TOGETHER:
                 _, members, raters = known_part(output["label"], members, raters)
                 pairs = zip(members.transpose(0, 1), raters.transpose(0, 1))  # class by class
-                distance = np.mean([generalised_energy_distance(m, r, ANTITHETIC) for m, r in pairs])
+                distance = np.mean([generalised_energy_distance(m, r, DRAWN_TOGETHER) for m, r in pairs])
                 self._sum += torch.tensor([distance, 1.0], dtype=torch.float64)
 
     def __call__(self, engine: Engine) -> None:
