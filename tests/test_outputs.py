@@ -302,10 +302,9 @@ def test_energy_distance_is_the_mean_over_cases_with_raters_and_members(tmp_path
     del alone[0]["raters"]
     six = rated_case(tmp_path, 6)
     expected = [
-        np.mean(
-            [generalised_energy_distance(o["member_masks"][:, k], i["raters"][:, k] > 0, DRAWN_TOGETHER) for k in (0, 1)]
-        )
+        generalised_energy_distance(o["member_masks"][:, k], i["raters"][:, k] > 0, DRAWN_TOGETHER)
         for i, o in (five, six)
+        for k in (0, 1)
     ]
     metrics = validate("val_ged", [five, *too_few, alone, six])
     assert metrics == {"val_ged": pytest.approx(np.mean(expected), abs=1e-12)}
