@@ -71,8 +71,7 @@ def test_each_network_sees_both_views(number, batch):
         mirrored.noise = lambda *args, noise=plain.noise: noise(*args).flip(-1)
         views = [members(plain, image, one), members(mirrored, image.flip(-1), one).flip(-1)]
         seen = [
-            [torch.allclose(found[:, i], view[:, i], atol=1e-5) for view in views]
-            for i in range(k, 4 * number, number)
+            [torch.allclose(found[:, i], view[:, i], atol=1e-5) for view in views] for i in range(k, 4 * number, number)
         ]
         assert sorted(seen) == [[False, True]] * 2 + [[True, False]] * 2
 
