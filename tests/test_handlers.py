@@ -18,6 +18,7 @@ from monai.bundle import ConfigParser
 from monai.data import Dataset
 from monai.handlers import StatsHandler
 from monai.transforms import RandGaussianNoise
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from medsegdiff_monai.engines import cosine_decay
 from medsegdiff_monai.errors import InputError, Interrupted
@@ -46,6 +47,49 @@ def test_average_starts_from_weights_loaded_after_it_was_built():
     # the average of a ramp lags behind by (1 - momentum) / momentum steps
     assert average.weight.item() == pytest.approx(400 - 9, abs=0.5)
     assert not average.weight.requires_grad
+
+
+def test_average_of_all_weights_is_its_formula_and_buffers_are_copied():
+    network = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
+    average = copy.deepcopy(network)
+    engine = Engine(lambda e, b: [p.data.normal_() for p in [*network.parameters(), *network.buffers()][:-1]])
+    ModelEMA(network, average, momentum=0.2).attach(engine)
+    expected = [p.detach().clone() for p in network.parameters()]
+
+    @engine.on(Events.ITERATION_COMPLETED)
+    def follow(engine):
+        share = max(0.2, 9 / (10 + engine.state.iteration))
+        for e, p in zip(expected, network.parameters()):
+            e.copy_((1 - share) * e + share * p.detach())
+
+    engine.run([0] * 40)
+    torch.testing.assert_close([p.detach() for p in average.parameters()], expected)
+    for own, theirs in zip(average.buffers(), network.buffers()):
+        assert torch.equal(own, theirs) and own.data_ptr() != theirs.data_ptr()
+
+
+def test_average_takes_no_more_kernels_for_more_weights():
+    """On a GPU, what holds up the steps of a small network is starting them."""
+
+    class Count(TorchDispatchMode):
+        calls = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.calls += 1
+            return function(*args, **(kwargs or {}))
+
+    def of_a_step(layers: int) -> int:
+        network, count = torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in range(layers))), Count()
+        engine = Engine(lambda e, b: None)
+        ModelEMA(network, copy.deepcopy(network)).attach(engine)
+        calls = []
+        for steps in (3, 4):
+            with count:
+                engine.run([0] * steps)
+            calls.append(count.calls)
+        return calls[1] - 2 * calls[0]  # both have started from the network's weights
+
+    assert of_a_step(2) == of_a_step(20) > 0
 
 
 def test_average_follows_as_fast_in_a_further_round_as_in_the_first():

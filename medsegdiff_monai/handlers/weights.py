@@ -13,6 +13,7 @@ from ignite.handlers.ema_handler import EMAHandler
 from monai.handlers import CheckpointLoader
 from monai.utils import ensure_tuple
 from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ..deep_ensemble import load_checkpoints
 from ..engines import optimizer_step
@@ -56,12 +57,12 @@ class ModelEMA(EMAHandler):
     def _update_ema_model(self, engine: Engine, name: str) -> None:
         step = optimizer_step(engine)
         if step is not None:
-            setattr(engine.state, name, max(self.momentum, 9 / (10 + step - self.first_step)))
-            super()._update_ema_model(engine, name)
-            # Ignite lets both networks share the memory of their buffers: what validation records in one is not the
-            # other's, which would seem to have been trained before
-            for buffer in self.ema_model.buffers():
-                buffer.data = buffer.data.clone()
+            momentum = max(self.momentum, 9 / (10 + step - self.first_step))
+            setattr(engine.state, name, momentum)
+            # Ignite goes from weight to weight: on a GPU, as many kernels to start as half of a small network's step
+            get_ema_multi_avg_fn(1 - momentum)(list(self.ema_model.parameters()), list(self.model.parameters()), step)
+            for averaged, buffer in zip(self.ema_model.buffers(), self.model.buffers()):
+                averaged.copy_(buffer)
 
 
 class WeightsLoader(CheckpointLoader):
