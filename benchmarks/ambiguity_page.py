@@ -51,9 +51,9 @@ Lung nodules in CT that four radiologists outlined, each by themselves, or did n
 All methods learn from the masks of all four, of the same batches with the same augmentation, for the same CPU time of
 one thread: AdamW, a learning rate that falls by a half cosine, clipped gradients, averaged weights. The networks have
 about as many parameters, unless the table says otherwise. Learning rates were chosen at 64×64: at 128×128, five U-Nets
-mark next to nothing after a fifth of the time each. At 64×64 the other methods ran in turns; ours ran by itself
-later, after its warm start and its network had changed; "mask objective" has the former, dearer network. At 128×128 all
-ran in turns. On a GPU (`--device cuda`) they trained side by side on one card, each by a process of its own, in
+mark next to nothing after a fifth of the time each. On the CPU the other methods ran in turns; ours ran by itself
+later, on slower days, after members had begun to see the flipped image and, at 64×64, after its warm start and its
+network had changed; "mask objective" has the former, dearer network. On a GPU (`--device cuda`) they trained side by side on one card, each by a process of its own, in
 bfloat16, with torch 2.11.0+cu130 and for the same time by the clock; the CPU scored them in single precision. The
 losses of SSN and the Probabilistic U-Net were in part in bfloat16 too (SSN's is in single precision since), and two of
 three trainings of the latter ended in NaN; the U-Net has two.
@@ -69,8 +69,9 @@ three trainings of the latter ended in NaN; the U-Net has two.
 - **Probabilistic U-Net** (arXiv 1806.05034): ELBO; the parts beside the same U-Net are those of `lightning-uq-box`.
 
 Scores are means over the slices, ± standard deviation over the seeds, of masks cut at one half; a column says how many
-masks. **GED**: generalised energy distance, d = 1 − IoU, unbiased (pairs of different masks of a method; the
-radiologists are the reference, all their pairs count). **HM-IoU**: masks and radiologists paired as well as possible.
+masks. **GED**: generalised energy distance, d = 1 − IoU, unbiased (pairs of different masks of a method, of ours only
+those from different groups of four, or of two without flips; the radiologists are the reference, all their pairs
+count). **HM-IoU**: masks and radiologists paired as well as possible.
 **NCC**: correlation of the masks' variance with the radiologists', pixel by pixel. **D_max**: best IoU of any mask with
 each radiologist. **Dice of the mean**: of the mean of the probabilities, cut at one half, with what at least two
 radiologists marked; 1 where both are empty. **ECE in the band**: of that mean against the share of the radiologists, in
