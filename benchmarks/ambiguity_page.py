@@ -53,10 +53,10 @@ one thread: AdamW, a learning rate that falls by a half cosine, clipped gradient
 about as many parameters, unless the table says otherwise. Learning rates were chosen at 64×64: at 128×128, five U-Nets
 mark next to nothing after a fifth of the time each. On the CPU the other methods ran in turns; ours ran by itself
 later, on slower days, after members had begun to see the flipped image and, at 64×64, after its warm start and its
-network had changed; "mask objective" has the former, dearer network. On a GPU (`--device cuda`) they trained side by side on one card, each by a process of its own, in
-bfloat16, with torch 2.11.0+cu130 and for the same time by the clock; the CPU scored them in single precision. The
-losses of SSN and the Probabilistic U-Net were in part in bfloat16 too (SSN's is in single precision since), and two of
-three trainings of the latter ended in NaN; the U-Net has two.
+network had changed; "mask objective" has the former, dearer network. On a GPU (`--device cuda`) they trained side by
+side on one card, each by a process of its own, in bfloat16, with torch 2.11.0+cu130 and for the same time by the clock;
+the CPU scored them in single precision. The losses of SSN and the Probabilistic U-Net were in part in bfloat16 too
+(SSN's is in single precision since), and two of three trainings of the latter ended in NaN; the U-Net has two.
 
 - **ours**: this bundle, with the objective `ensemble`; one step for each mask, unless the row says otherwise. Every
   second pair of masks is of the flipped image; with **no flips**, as before that was built in, none is.
@@ -173,8 +173,8 @@ def of_the_bundle(row: dict[str, Any]) -> list[str]:
     lines = [
         f"## The weights of the bundle, {row['size']}×{row['size']}: {row['cases']} slices ({row['split']})",
         "",
-        f"`bundle/models/lidc.pt` (sha256 `{row['sha256']}`), trained for {row['seconds']:g} s by the clock on a "
-        f"shared CPU; torch {row['torch']}, MONAI {row['monai']}; {row['date']}.",
+        f"`bundle/models/lidc.pt` (sha256 `{row['sha256']}`), trained for {row['seconds']:g} s by the clock on "
+        f"{row.get('card', 'a shared CPU')}; torch {row['torch']}, MONAI {row['monai']}; {row['date']}.",
         "",
         f"| slices | number | {' | '.join(head.format(row['members']) for head, _ in GROUP_SCORES.values())} |",
         "|" + " --- |" * (2 + len(GROUP_SCORES)),

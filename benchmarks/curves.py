@@ -12,7 +12,11 @@ from matplotlib.figure import Figure
 
 from .accuracy import ROOT
 
-HISTORIES = {"hippocampus, 3D": "history_hippocampus.csv", "lung nodules, 128 × 128": "history_lidc.csv"}
+HISTORIES = {
+    "hippocampus, 3D": ("history_hippocampus.csv", "loss"),
+    "lung nodules, 128 × 128": ("history_lidc.csv", "val_ged"),
+}
+LABELS = {"loss": "training loss", "val_ged": "energy distance, validation", "val_mean_dice": "mean Dice, validation"}
 PICTURE = ROOT / "docs" / "figures" / "curves.png"
 
 
@@ -25,13 +29,14 @@ def column(name: str, key: str) -> tuple[list[float], list[float]]:
 
 
 def main(picture: Path = PICTURE) -> None:
-    """Draw the loss and the mean Dice of the validation of each training."""
+    """Draw the loss, or the energy distance of the validation, and the mean Dice of the validation of each training."""
     figure = Figure(figsize=(9, 2.2 * len(HISTORIES)), layout="constrained")
-    for (left, right), (title, name) in zip(figure.subplots(len(HISTORIES), 2, squeeze=False), HISTORIES.items()):
-        left.plot(*column(name, "loss"), marker=".")
-        left.set(xlabel="epoch", ylabel="training loss", yscale="log", title=title)
-        right.plot(*column(name, "val_mean_dice"), marker=".")
-        right.set(xlabel="epoch", ylabel="mean Dice, validation", title=title)
+    for row, (title, (name, first)) in zip(figure.subplots(len(HISTORIES), 2, squeeze=False), HISTORIES.items()):
+        for axes, key in zip(row, (first, "val_mean_dice")):
+            axes.plot(*column(name, key), marker=".")
+            axes.set(xlabel="epoch", ylabel=LABELS[key], title=title)
+        if first == "loss":
+            row[0].set_yscale("log")
     figure.savefig(picture, dpi=80)
     print(f"Written: {picture}")
 

@@ -170,7 +170,8 @@ def interval(ours: np.ndarray, theirs: np.ndarray, numbers: np.ndarray) -> str:
 
     low, high = np.percentile((drawn(ours) - drawn(theirs)) / numbers[patients].sum(1), [2.5, 97.5])
     mean = (ours.mean(0) - theirs.mean(0)).sum() / numbers.sum()
-    return f"{mean:+.3f} ({low:+.3f} to {high:+.3f})"
+    digits = 4 if min(abs(low), abs(high)) < 0.0005 else 3  # so that it can be seen on which side of 0 they are
+    return f"{mean:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})"
 
 
 def beside_paper(runs: list[dict[str, Any]]) -> str:

@@ -78,9 +78,10 @@ def ambiguity() -> str:
     """How near sets of masks are to those of four radiologists."""
     runs = [run for run in _runs("ambiguity.jsonl") if AMBIGUITY.items() <= run.items()]
     by_method = {method: [run for run in runs if run["method"] == method] for method in OPPONENTS}
-    rows = [["", *OPPONENTS.values()]]
-    rows += [[text, *(spread(run[key] for run in some) for some in by_method.values())] for key, text in SPREAD.items()]
     ours = by_method["ours"]
+    named = OPPONENTS if ours[0].get("flip_axes") else OPPONENTS | {"ours": f"{OPPONENTS['ours']}, no flips"}
+    rows = [["", *named.values()]]
+    rows += [[text, *(spread(run[key] for run in some) for some in by_method.values())] for key, text in SPREAD.items()]
     for key in PAIRED:
         found = [difference(ours, some, key) for name, some in by_method.items() if name != "ours"]
         rows.append([f"{SPREAD[key][:-2]}: ours minus theirs, 95 % interval", "", *found])

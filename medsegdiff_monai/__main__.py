@@ -57,7 +57,10 @@ def segment(
     try:
         run(config_file=config, **options, **variables)  # which checks them first
     except Exception as error:
-        raise find_input_error(error) or error from error.__cause__
+        found = find_input_error(error)
+        if found is None:
+            raise
+        raise found from None  # and not from what MONAI raised from it
 
 
 def segment_trained(images: Sequence[str], trained: Sequence[str] | None = None, **options: Any) -> None:
@@ -169,7 +172,7 @@ def package(
 
 
 def demo(output_dir: str = "demo_output", lidc: bool = False) -> None:
-    """Prepare real MRI that a Python package carries, train on it, score, and write a picture of the result.
+    """Train on slices of an averaged brain MRI that a Python package carries, score, and write a picture of the result.
 
     Args:
         output_dir: folder to write to.
@@ -343,7 +346,7 @@ COMMANDS = {
     ),
     "package": cli.Command("Write the bundle in the layout of MONAI's model zoo.", _package_options, package),
     "demo": cli.Command(
-        "Train on real MRI, score and show the result; or, with --lidc, show masks of lung nodules.",
+        "Train on an averaged brain MRI, score and show the result; or, with --lidc, show masks of lung nodules.",
         _demo_options,
         demo,
     ),

@@ -1,4 +1,4 @@
-"""Demonstrations: real MRI, three bundle commands and a score; and opinions on lung nodules, without a training."""
+"""Demonstrations: three bundle commands and a score on an averaged brain MRI; and opinions on lung nodules."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def run_demo(output_dir: str) -> None:
         rows = list(csv.DictReader(file))
     scores = {k.removeprefix("dice_"): _mean(rows, k) for k in rows[0] if k.startswith("dice_")}
     best = max(rows, key=lambda row: sum(float(row[f"dice_{name}"]) for name in scores))["case"]
-    print(f"\nDice on {len(rows)} held-out slices:")
+    print(f"\nDice on {len(rows)} held-out slices of the same averaged brain, which says nothing of patients:")
     for name, score in scores.items():
         print(f"  {name:<14} {score:.3f}")
     print(f"  {'mean':<14} {sum(scores.values()) / len(scores):.3f}")

@@ -83,8 +83,8 @@ class DiffusionEnsembleInferer(Inferer):
         amp: see :func:`medsegdiff_monai.settings.amp_dtype`.
 
     Raises:
-        InputError: for numbers out of range, and for MONAI's own ``DDPMScheduler``; at the call, for an image larger
-            than ``roi_size`` and a sampler that draws noise at every step.
+        InputError: for numbers out of range, a seed that is no number, and MONAI's own ``DDPMScheduler``; at the call,
+            for an image larger than ``roi_size`` and a sampler that draws noise at every step.
     """
 
     def __init__(
@@ -120,6 +120,8 @@ class DiffusionEnsembleInferer(Inferer):
             raise InputError(f"agreement_threshold={agreement_threshold} is a Dice: above 0, at most 1.")
         if isinstance(overlap, bool) or not isinstance(overlap, (int, float)) or not 0 <= overlap < 1:
             raise InputError(f"overlap={overlap!r} must be a number of at least 0 and below 1.")
+        if not isinstance(seed, int):
+            raise InputError(f"seed={seed!r} must be a whole number.")
         axes = range(len(roi_size))
         if flip_axes is not None and not (
             isinstance(flip_axes, Sequence)

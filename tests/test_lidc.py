@@ -62,6 +62,18 @@ def test_examples_are_a_dozen_slices_of_as_many_patients_with_all_outlines(capsy
     assert "0 errors, 0 warnings" in capsys.readouterr().out
 
 
+def test_settings_for_several_raters_are_those_of_the_overlay_that_was_tried(tmp_path, pictures):
+    """One rater needs no more than five members; the learning rate is that of the benchmarks."""
+    found = {}
+    for name, folder in (("raters", EXAMPLES), ("one", pictures)):
+        check(str(folder), str(tmp_path / f"{name}.json"))
+        found[name] = json.loads((tmp_path / f"{name}.json").read_text("utf-8"))
+    tried = json.loads((ROOT / "bundle" / "configs" / "datasets" / "lidc.json").read_text("utf-8"))
+    keys = ("learning_rate", "num_members", "val_num_members")
+    assert {key: found["raters"][key] for key in keys} == {key: tried[key] for key in keys}
+    assert found["one"]["learning_rate"] == tried["learning_rate"] and "num_members" not in found["one"]
+
+
 @pytest.mark.parametrize("file", [EXAMPLES / "ATTRIBUTION.md", ROOT / "bundle" / "docs" / "data_license.txt"])
 def test_examples_are_attributed_as_their_licence_demands(file):
     """Who made them, what they are called, under what licence, and what was changed."""

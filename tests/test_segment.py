@@ -175,6 +175,21 @@ def test_mistyped_variables_are_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "option, value, message",
+    [
+        ("num_steps", 0, "num_steps=0 must be a whole number"), ("flip_axes", [5], r"flip_axes=\[5\] must be a list"),
+        ("seed", "x", "seed='x' must be a whole number"),
+    ],
+)  # fmt: skip
+def test_a_part_that_cannot_be_made_is_one_error_with_no_cause(option, value, message, tmp_path):
+    """An error that is its own cause sends whoever follows the causes round and round."""
+    Image.new("RGB", (16, 16)).save(tmp_path / "photo.png")
+    with pytest.raises(InputError, match=message) as raised:
+        run_segment(tmp_path, tmp_path / "photo.png", **PICTURE_SETTINGS, **{f"inferer#{option}": value})
+    assert raised.value.__cause__ is None and raised.value.__suppress_context__
+
+
 def test_parts_of_variables_overlays_and_options_of_the_run_are_passed_on(tmp_path, monkeypatch):
     run = create_autospec(monai.bundle.run)
     monkeypatch.setattr(monai.bundle, "run", run)

@@ -29,6 +29,8 @@ MAX_SIDE = {"cpu": 96, "gpu": 256}  # 2D; 256 is the paper's
 MAX_PATCH = {"cpu": 32 * 48 * 32, "gpu": 96**3}  # voxels, 3D
 SHORT = 32  # voxels
 MAX_BATCH = {2: 8, 3: 4}
+LEARNING_RATE = {2: 0.002, 3: 0.001}  # as benchmarked
+MEMBERS_OF_RATERS = 16  # with five, the mask depends much on the noise where experts disagree
 BYTES_PER_FEATURE = 270  # training takes so much for each voxel and channel of the first level (measured, float32)
 SHARE = 0.5  # of the memory that training may take
 AIR = -500.0  # Hounsfield units; an image whose darkest part lies below is CT
@@ -250,7 +252,7 @@ def propose(
     """Config variables for a data set on this machine.
 
     2D images are resized whole, volumes cropped to patches at the median spacing. On a CPU, images and patches are
-    smaller than on a GPU, so that a training ends within the day.
+    smaller than on a GPU, so that a training ends within the day. Cases of several raters get more members.
 
     Args:
         found: the fingerprint.
@@ -290,5 +292,7 @@ def propose(
         "roi_size": roi,
         "channels": CHANNELS[dims],
         "batch_size": max(1, min(MAX_BATCH[dims], batch, cases)),
+        "learning_rate": LEARNING_RATE[dims],
+        **(dict.fromkeys(("num_members", "val_num_members"), MEMBERS_OF_RATERS) if "raters" in found else {}),
         "cache_rate": round(min(1.0, SHARE * memory_bytes() / cache_bytes), 3),
     }

@@ -92,7 +92,7 @@ def image_faults(image: MetaTensor, name: str, spec: DataSpec | None = None) -> 
     elif spec is not None and dims != spec.spatial_dims:
         faults.append(
             f"{name}: has {dims} spatial axes, spatial_dims={spec.spatial_dims}: set --spatial_dims {dims}, "
-            "or give the overlay that fits the data."
+            "or give the overlay and the weights that fit the data (--trained of medsegdiff segment)."
         )
     if spec is not None and channels != spec.in_channels:
         faults.append(
