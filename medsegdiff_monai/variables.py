@@ -261,7 +261,11 @@ def _levels(values: Mapping[str, Any]) -> Iterator[str]:
 def _data(values: Mapping[str, Any]) -> Iterator[str]:
     classes, regions, span = (values.get(name) for name in ("num_classes", "regions", "intensity_range"))
     if classes and regions and len(regions) != classes:
-        yield f"num_classes={classes}, but regions names {len(regions)}: make them agree."
+        names = ", ".join(map(str, regions))
+        yield (
+            f"num_classes={classes}, but regions names {len(regions)} ({names}): make them agree; where "
+            "regions come from the data, leave num_classes out, or correct labels in dataset.json."
+        )
     ignored = values.get("ignore_label")
     labels = {label for group in regions.values() for label in group} if regions else set(range(1, 1 + (classes or 0)))
     if ignored in labels:
