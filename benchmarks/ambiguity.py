@@ -288,7 +288,6 @@ def shipped(options: argparse.Namespace) -> dict[str, Any]:
     how = {
         "sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
         "parameters_m": round(parameters(network), 4),
-        **({"card": options.card} if options.card else {}),
         "passes": MEMBERS,
         "torch": torch.__version__,
         "monai": monai.__version__,
@@ -315,7 +314,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--steps", nargs="+", type=int, default=[1], help="with each of which ours is scored")
     parser.add_argument("--shipped", type=float, help="score the weights in the bundle, trained for so many seconds")
-    parser.add_argument("--card", help="that trained the weights in the bundle; by default a CPU")
     parser.add_argument("--split", default="test", help="that is scored")
     parser.add_argument("--work_dir", type=Path, default=WORK)
     parser.add_argument("--results", type=Path, default=RESULTS)

@@ -173,8 +173,8 @@ def of_the_bundle(row: dict[str, Any]) -> list[str]:
     lines = [
         f"## The weights of the bundle, {row['size']}×{row['size']}: {row['cases']} slices ({row['split']})",
         "",
-        f"`bundle/models/lidc.pt` (sha256 `{row['sha256']}`), trained for {row['seconds']:g} s by the clock on "
-        f"{row.get('card', 'a shared CPU')}; torch {row['torch']}, MONAI {row['monai']}; {row['date']}.",
+        f"`bundle/models/lidc.pt` (sha256 `{row['sha256']}`), trained for {row['seconds']:g} s by the clock on a "
+        f"shared CPU; torch {row['torch']}, MONAI {row['monai']}; {row['date']}.",
         "",
         f"| slices | number | {' | '.join(head.format(row['members']) for head, _ in GROUP_SCORES.values())} |",
         "|" + " --- |" * (2 + len(GROUP_SCORES)),

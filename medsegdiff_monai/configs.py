@@ -97,26 +97,25 @@ def _explain_parts(parser: ConfigParser, asked: Mapping[str, Any]) -> None:
     """Say in one line where a component cannot be made with a part of it that the user has set."""
     parts = {name: ReferenceResolver.split_id(name)[:-1] for name in asked}
     owners = {name: parser.get("::".join(above), {}) for name, above in parts.items() if above}
-    targets = {
-        str(owner["_target_"]): name
-        for name, owner in owners.items()
-        if isinstance(owner, Mapping) and "_target_" in owner
-    }
+    targets: dict[str, list[str]] = {}
+    for name, owner in owners.items():
+        if isinstance(owner, Mapping) and "_target_" in owner:
+            targets.setdefault(str(owner["_target_"]), []).append(name)
     previous = sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
         chain = [error]
-        while (cause := chain[-1].__cause__) is not None:
+        while (cause := chain[-1].__cause__) is not None and cause not in chain:
             chain.append(cause)
         text = "\n".join(map(str, chain))
-        name = next(
+        names = next(
             (n for t, n in targets.items() if re.search(rf"(component|path:?) '([\w.]*\.)?{re.escape(t)}'", text)), None
         )
-        if name is None:
+        if names is None:
             previous(kind, error, traceback)
         else:
-            told = InputError(f"{name}={asked[name]!r} cannot be used: {chain[-1]}")
-            previous(InputError, told, traceback)
+            told = " or ".join(f"{name}={asked[name]!r}" for name in names)
+            previous(InputError, InputError(f"{told} cannot be used: {chain[-1]}"), traceback)
 
     if targets:
         sys.excepthook = hook

@@ -6,6 +6,7 @@ import copy
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -29,7 +30,9 @@ logger = logging.getLogger(__name__)
 
 ANTITHETIC = 2  # members in a row whose noise is not independent
 VIEWS = 2  # of an image: as it is, and flipped
-DRAWN_TOGETHER = ANTITHETIC * VIEWS  # members in a row whose distances are not those of independent draws
+# members in a row whose distances are not those of independent draws; where the last group is not whole, or several
+# weights take turns, views or weights meet more or less often than chance would, which matters if their masks differ
+DRAWN_TOGETHER = ANTITHETIC * VIEWS
 
 
 def _count(name: str, value: int | str) -> int:
@@ -120,7 +123,7 @@ class DiffusionEnsembleInferer(Inferer):
             raise InputError(f"agreement_threshold={agreement_threshold} is a Dice: above 0, at most 1.")
         if isinstance(overlap, bool) or not isinstance(overlap, (int, float)) or not 0 <= overlap < 1:
             raise InputError(f"overlap={overlap!r} must be a number of at least 0 and below 1.")
-        if not isinstance(seed, int):
+        if not isinstance(seed, Integral):  # NumPy's too
             raise InputError(f"seed={seed!r} must be a whole number.")
         axes = range(len(roi_size))
         if flip_axes is not None and not (
@@ -139,7 +142,7 @@ class DiffusionEnsembleInferer(Inferer):
         self.agreement_threshold = agreement_threshold
         self.flip_axes = flip_axes
         self.progress = progress
-        self.seed = seed
+        self.seed = int(seed)
         self.amp = amp_dtype(amp)
         self.window = MemberWindows(self.roi_size, sw_batch_size, overlap)
         self._halved = False

@@ -191,8 +191,8 @@ def generalised_energy_distance(members: Tensor, raters: Tensor, drawn_together:
 
     ``2 E d(S, Y) - E d(S, S') - E d(Y, Y')``. The raters are the reference: all pairs of them count, each with itself
     too. The members are a sample: only pairs that were drawn independently count, so that the expectation does not
-    depend on their number. With a member's distance to itself, as the paper averages, a perfect sampler would be
-    charged for its spread, and one that repeats itself rewarded.
+    depend on the number of such groups. With a member's distance to itself, as the paper averages, a perfect sampler
+    would be charged for its spread, and one that repeats itself rewarded.
 
     Args:
         members: boolean (members, *spatial), S.

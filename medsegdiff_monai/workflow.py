@@ -61,7 +61,9 @@ def trained_files(folders: Sequence[str | Path]) -> Trained:
     first, *others = (json.loads(overlay.read_text()) for overlay in overlays)
     apart: set[str] = set()
     for overlay, other in zip(overlays[1:], others):
-        differ = {name for name in {**first, **other} if first.get(name) != other.get(name)}
+        # how many members are drawn can be chosen anew; rate and batch size of a training no longer matter
+        needed = (name for name in {**first, **other} if name in SPLIT or (_is_needed(name) and name != "num_members"))
+        differ = {name for name in needed if first.get(name) != other.get(name)}
         apart |= differ & SPLIT
         if differ - SPLIT:
             names = ", ".join(sorted(differ - SPLIT))
@@ -107,9 +109,9 @@ def _refuse_to_replace(output: str, override: Mapping[str, Any]) -> None:
 
 
 def _keep(overlay: Path, override: Mapping[str, Any]) -> None:
-    """Put into an overlay what evaluation and inference of that training need, too."""
-    needed = {name: VARIABLES[name].read(value) for name, value in override.items() if _is_needed(name)}
-    content = {**json.loads(overlay.read_text()), **needed}
+    """Put into an overlay what evaluation and inference of that training need, too, and what is set otherwise there."""
+    content = json.loads(overlay.read_text())
+    content |= {name: VARIABLES[name].read(v) for name, v in override.items() if _is_needed(name) or name in content}
     write_atomically(overlay, (json.dumps(content, indent=4) + "\n").encode())
 
 

@@ -119,9 +119,11 @@ def training(folder: Path, **overlay: object) -> Path:
 
 def test_a_training_leaves_what_decides_which_cases_it_held_out(tmp_path):
     overlay = tmp_path / "overlay.json"
-    overlay.write_text("{}")
+    overlay.write_text('{"learning_rate": 0.002}')
     _keep(overlay, {"seed": "3", "num_folds": "5", "fold": "0", "device": "cpu", "max_epochs": "2"})
-    assert json.loads(overlay.read_text()) == {"seed": 3, "num_folds": 5, "fold": 0}
+    assert json.loads(overlay.read_text()) == {"learning_rate": 0.002, "seed": 3, "num_folds": 5, "fold": 0}
+    _keep(overlay, {"learning_rate": "0.0003"})  # what was chosen for the data is not what it was trained with
+    assert json.loads(overlay.read_text())["learning_rate"] == 0.0003
 
 
 def test_trainings_of_other_folds_share_their_settings_and_no_fold(tmp_path):
@@ -133,6 +135,8 @@ def test_trainings_of_other_folds_share_their_settings_and_no_fold(tmp_path):
     }  # fmt: skip
     with pytest.raises(InputError, match=r"differs from .*overlay\.json in channels: give trainings"):
         trained_files([a, training(tmp_path / "c", channels=[8, 16])])
+    faster = training(tmp_path / "d", num_folds=3, fold=2, learning_rate=0.1, batch_size=2, num_members=16)
+    assert trained_files([a, faster]).overlay == str(a / "overlay.json")  # which matters to no weights
 
 
 def test_cases_that_one_of_the_trainings_has_seen_are_not_scored(cohort, tmp_path, monkeypatch):

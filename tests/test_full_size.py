@@ -81,8 +81,8 @@ def test_estimates_of_the_recipe_are_those_of_its_configs():
     """Of the smallest, whose step takes the least time that is assumed."""
     recipe = full_size.RECIPES[-1]
     found = full_size.estimate(recipe, "")
-    assert f"| {recipe.title} |  | {found.parameters:.1f} | {found.gmac:.0f} | 16 | {found.epochs} |" in PAGE
-    assert found.hours == pytest.approx(full_size.LEAST * recipe.images * found.epochs / 16 / 3600)
+    assert f"| {recipe.title} |  | {found.parameters:.1f} | {found.gmac:.0f} | 8 | {found.epochs} |" in PAGE
+    assert found.hours == pytest.approx(full_size.LEAST * recipe.images * found.epochs / 8 / 3600)
     assert found.epochs * recipe.images == pytest.approx(full_size.SHOWN, rel=0.01)
     assert "estimates" in PAGE and "None of these trainings has been run" in PAGE
 

@@ -506,6 +506,17 @@ def test_a_part_that_its_class_does_not_take_is_named(name, place, pictures, tmp
     assert "RuntimeError: of another kind" in capsys.readouterr().err
 
 
+def test_of_several_parts_that_are_set_no_right_one_is_blamed(pictures, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
+    asked = {"inferer#roi_size": 5, "inferer#seed": 3}
+    settings = {**PICTURE_SETTINGS, "dataset_dir": str(pictures), "bundle_root": BUNDLE, "device": "cpu"}
+    parser = create_workflow(config_file=[str(CONFIGS / "inference.json")], **settings, **asked).parser
+    with pytest.raises(Exception) as error:
+        parser.get_parsed_content("inferer")
+    sys.excepthook(error.type, error.value, error.tb)
+    assert "error: inferer#roi_size=5 or inferer#seed=3 cannot be used: object of" in capsys.readouterr().err
+
+
 def test_a_stray_word_is_no_reason_to_check_nothing():
     """MONAI takes the second of two images for what is to be initialised."""
     stray = workflow("inference", init_id="b.png")
