@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import logging
+import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -123,8 +123,10 @@ class DiffusionEnsembleInferer(Inferer):
             raise InputError(f"agreement_threshold={agreement_threshold} is a Dice: above 0, at most 1.")
         if isinstance(overlap, bool) or not isinstance(overlap, (int, float)) or not 0 <= overlap < 1:
             raise InputError(f"overlap={overlap!r} must be a number of at least 0 and below 1.")
-        if not isinstance(seed, Integral):  # NumPy's too
-            raise InputError(f"seed={seed!r} must be a whole number.")
+        try:
+            self.seed = operator.index(seed)  # NumPy's integers, too
+        except TypeError:
+            raise InputError(f"seed={seed!r} must be a whole number.") from None
         axes = range(len(roi_size))
         if flip_axes is not None and not (
             isinstance(flip_axes, Sequence)
@@ -142,7 +144,6 @@ class DiffusionEnsembleInferer(Inferer):
         self.agreement_threshold = agreement_threshold
         self.flip_axes = flip_axes
         self.progress = progress
-        self.seed = int(seed)
         self.amp = amp_dtype(amp)
         self.window = MemberWindows(self.roi_size, sw_batch_size, overlap)
         self._halved = False
