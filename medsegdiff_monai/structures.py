@@ -124,9 +124,10 @@ def label_components(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         background and each component have, int64.
     """
     components, number = ndimage.label(mask, np.ones([3] * mask.ndim))
-    # plane by plane: NumPy counts in 64 bits, of which a large volume has no room for a copy
-    counts = [np.bincount(plane.ravel(), minlength=number + 1) for plane in components]
-    return components, np.sum(counts, axis=0)
+    sizes = np.zeros(number + 1, np.int64)
+    for plane in components:  # NumPy counts in 64 bits, of which a large volume has no room for a copy
+        sizes += np.bincount(plane.ravel(), minlength=len(sizes))  # one by one: in noise there are millions of sizes
+    return components, sizes
 
 
 def _components(mask: np.ndarray, apart_from: np.ndarray | None = None) -> tuple[Iterator[Component], np.ndarray]:

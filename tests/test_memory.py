@@ -45,6 +45,7 @@ def test_large_volumes_with_five_members(overlay, shape, classes, field, tmp_pat
     nib.save(nib.Nifti1Image(volume, np.eye(4)), tmp_path / "data" / "scan.nii")
     (tmp_path / "models").mkdir()
     channels = shape[3] if len(shape) > 3 else 1
+    torch.manual_seed(0)
     net = MedSegDiffUNet(3, channels, classes, channels=[2, 2], num_res_blocks=1, stem_stride=2, ff_size=field)
     net.record.flipped[0] = 1  # both views of a window are encoded
     torch.save(net.state_dict(), tmp_path / "models" / "model.pt")

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from medsegdiff_monai.report.tables import structure_table
-from medsegdiff_monai.structures import COLUMNS, structures
+from medsegdiff_monai.structures import COLUMNS, label_components, structures
 
 
 def test_each_component_has_a_row_with_its_measures() -> None:
@@ -71,6 +71,19 @@ def test_a_mask_that_fills_the_field_takes_little_memory() -> None:
     assert row["centre_voxel"] == "49.5 99.5 49.5"
     assert row["largest_diameter"] == round(float(np.linalg.norm([99, 199, 99])), 2)
     assert peak < 16 * full.numel()
+
+
+def test_very_many_components_take_little_memory() -> None:
+    """As in noise: what each plane has of each component is not kept."""
+    mask = np.zeros((100, 100, 100), bool)
+    mask[::2, ::2, ::2] = True
+    tracemalloc.start()
+    components, sizes = label_components(mask)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert sizes.tolist() == [mask.size - 50**3, *[1] * 50**3]
+    assert ((components > 0) == mask).all()
+    assert peak < 2 * (components.nbytes + sizes.nbytes)
 
 
 def test_the_smallest_of_very_many_have_one_row_together(monkeypatch) -> None:

@@ -99,18 +99,23 @@ class Reader:
         expect(self.page.get_by_text("anterior", exact=True)).to_be_visible()
         return self.page.locator("[data-cy=data-row] span.text-base").all_inner_texts()
 
-    def show_series(self, name: str, slices: int) -> None:
-        """Show a series in the open study, and scroll by so many slices."""
+    def show_series(self, name: str) -> None:
+        """Show a series in the open study."""
         self.page.get_by_text(name).first.dblclick()
         self.page.wait_for_timeout(5_000)
-        self.page.mouse.move(900, 500)
-        for _ in range(slices):
-            self.page.mouse.wheel(0, 100)
-            self.page.wait_for_timeout(200)
 
-    def jump_to(self, segment: str) -> None:
-        """Choose a segment, whose middle is shown then."""
-        self.page.locator("[data-cy=data-row]").filter(has_text=segment).click()
+    def scroll_to(self, instance: int) -> None:
+        """Scroll the first viewport from its first slice to the one of that instance number.
+
+        The viewer does jump to a segment that is chosen, but only where its middle lies in a slice to the last digit.
+        """
+        self.page.mouse.move(500, 500)
+        shown = self.page.get_by_text(re.compile(rf"^I:\s*{instance} \("))
+        end = time.monotonic() + PATIENCE / 1000
+        while not shown.count():
+            assert time.monotonic() < end, f"no slice {instance}"
+            self.page.mouse.wheel(0, 100)
+            self.page.wait_for_timeout(500)
 
     def hide(self, segment: str) -> None:
         """Close the eye beside a segment, if it is open."""

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import pydicom
 import pytest
 from PIL import Image
 
@@ -69,6 +70,17 @@ def colourful(picture: bytes) -> np.ndarray:
     return np.array([part.sum() for part in np.array_split(coloured, 3, axis=1)])
 
 
+def widest_slice(seg: bytes, segment: int) -> str:
+    """The UID of the image in which a segment of a DICOM-SEG has most pixels."""
+    stored = pydicom.dcmread(io.BytesIO(seg))
+    areas = {}
+    for frame, about in zip(stored.pixel_array, stored.PerFrameFunctionalGroupsSequence):
+        if about.SegmentIdentificationSequence[0].ReferencedSegmentNumber == segment:
+            source = about.DerivationImageSequence[0].SourceImageSequence[0].ReferencedSOPInstanceUID
+            areas[source] = frame.sum()
+    return max(areas, key=lambda source: areas[source])
+
+
 def test_a_study_from_the_list_to_the_next_one(server, archive, pictures):
     series = requests.get(f"{archive}/dicom-web/series", params={"Modality": "MR"}).json()
     study, image = (series[0][tag]["Value"][0] for tag in ("0020000D", "0020000E"))
@@ -95,16 +107,20 @@ def test_a_study_from_the_list_to_the_next_one(server, archive, pictures):
         plain = colourful(ohif.picture("segmentation")).sum()
         names = ["anterior", "posterior", "anterior - unsure", "posterior - unsure"]
         assert ohif.load_segmentation(r"^MedSegDiff") == names
-        jump, hide = (partial(act, "anterior - unsure") for act in (ohif.jump_to, ohif.hide))
-        seen = ohif.picture_when("dicom_seg", lambda seen: colourful(seen).sum() > plain + 1000, jump)
+        wanted = {"SOPInstanceUID": widest_slice(seg.content, 1 + names.index("anterior - unsure"))}
+        (slice_,) = requests.get(f"{archive}/dicom-web/instances", params={**wanted, "includefield": "00200013"}).json()
+        ohif.scroll_to(slice_["00200013"]["Value"][0])
+        seen = ohif.picture_when("dicom_seg", lambda seen: colourful(seen).sum() > plain + 1000)
         shown = colourful(seen).sum()
         assert shown > plain + 1000
+        hide = partial(ohif.hide, "anterior - unsure")
         seen = ohif.picture_when("dicom_seg_without_unsure", lambda seen: colourful(seen).sum() < shown - 100, hide)
         assert plain + 1000 < colourful(seen).sum() < shown - 100  # the other segments stay
         drawn = requests.get(f"{archive}/dicom-web/series", params={"Modality": "OT"}).json()
         assert [one["0020000D"]["Value"] for one in drawn] == [[study]] and server.info()["datastore"]["total"] == 3
         ohif.open(study, "viewer")
-        ohif.show_series("Uncertainty of", slices=18)
+        ohif.show_series("Uncertainty of")
+        ohif.scroll_to(slice_["00200013"]["Value"][0])
         seen = ohif.picture_when("series_of_uncertainty", lambda seen: colourful(seen).sum() > 200)
         assert colourful(seen).sum() > 200
         assert ohif.foreign == [] and ohif.broken == []
