@@ -6,7 +6,7 @@ import copy
 import logging
 import operator
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -44,6 +44,10 @@ def _count(name: str, value: int | str) -> int:
     if not (number >= 1 and number.is_integer()):
         raise InputError(f"{name}={value} must be a whole number of at least 1.")
     return int(number)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 class DiffusionEnsembleInferer(Inferer):
@@ -119,15 +123,18 @@ class DiffusionEnsembleInferer(Inferer):
                 "MONAI's DDPMScheduler draws noise that no seed of a member decides, and is right at full length only: "
                 "take medsegdiff_monai.schedulers.DDPMScheduler."
             )
-        if agreement_threshold is not None and not 0 < agreement_threshold <= 1:
-            raise InputError(f"agreement_threshold={agreement_threshold} is a Dice: above 0, at most 1.")
-        if isinstance(overlap, bool) or not isinstance(overlap, (int, float)) or not 0 <= overlap < 1:
+        if agreement_threshold is not None and not (_is_number(agreement_threshold) and 0 < agreement_threshold <= 1):
+            raise InputError(f"agreement_threshold={agreement_threshold!r} is a Dice: above 0, at most 1.")
+        if not (_is_number(overlap) and 0 <= overlap < 1):
             raise InputError(f"overlap={overlap!r} must be a number of at least 0 and below 1.")
         try:
             self.seed = operator.index(seed)  # NumPy's integers, too
         except TypeError:
             raise InputError(f"seed={seed!r} must be a whole number.") from None
-        axes = range(len(roi_size))
+        if isinstance(roi_size, str) or not isinstance(roi_size, Iterable):
+            raise InputError(f"roi_size={roi_size!r} must be a list with the size of each axis, such as [64, 64].")
+        self.roi_size = tuple(_count("roi_size", size) for size in roi_size)
+        axes = range(len(self.roi_size))
         if flip_axes is not None and not (
             isinstance(flip_axes, Sequence)
             and all(type(axis) is int and axis in axes for axis in flip_axes)
@@ -135,8 +142,7 @@ class DiffusionEnsembleInferer(Inferer):
         ):
             raise InputError(f"flip_axes={flip_axes!r} must be a list of different axes from 0 to {len(axes) - 1}.")
         self.scheduler: Any = scheduler
-        self.num_classes = num_classes
-        self.roi_size = tuple(roi_size)
+        self.num_classes = _count("num_classes", num_classes)
         self.overlap = overlap
         if member_batch_size is None:
             member_batch_size = self.num_members if agreement_threshold is None else 1
@@ -145,7 +151,7 @@ class DiffusionEnsembleInferer(Inferer):
         self.flip_axes = flip_axes
         self.progress = progress
         self.amp = amp_dtype(amp)
-        self.window = MemberWindows(self.roi_size, sw_batch_size, overlap)
+        self.window = MemberWindows(self.roi_size, _count("sw_batch_size", sw_batch_size), overlap)
         self._halved = False
 
     def noise(self, members: range | None = None, step: int = 0) -> Tensor:

@@ -293,6 +293,11 @@ def test_progress_counts_every_pass(network):
         ({"num_members": None}, "num_members=None must be a whole number"),
         ({"num_steps": 1001}, "num_steps=1001 is more than the num_train_timesteps=1000.*fewer"),
         ({"agreement_threshold": 1.5}, "agreement_threshold=1.5"),
+        ({"agreement_threshold": "x"}, "agreement_threshold='x' is a Dice"),
+        ({"num_classes": 0}, "num_classes=0 must be a whole number of at least 1"),
+        ({"sw_batch_size": "x"}, "sw_batch_size=x must be a whole number"),
+        ({"roi_size": 8}, r"roi_size=8 must be a list .* such as \[64, 64\]"),
+        ({"roi_size": (8, 0)}, "roi_size=0 must be a whole number"),
     ],
 )
 def test_numbers_out_of_range_are_refused(wrong, message):
