@@ -9,7 +9,6 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-import pydicom
 import pytest
 from PIL import Image
 
@@ -17,6 +16,7 @@ from ..conftest import ROOT
 
 pytest.importorskip("monailabel", reason="MONAI Label has an environment of its own: make test-viewers")
 pytest.importorskip("playwright", reason="the browser is driven by playwright: make test-viewers")
+import pydicom
 import requests
 
 from ..label.conftest import TASK_SECONDS, Server
