@@ -14,7 +14,7 @@ from monai.bundle import run
 from .configs import read_config, to_be_set
 from .data.entries import read_data_list
 from .data.report import check
-from .errors import InputError
+from .errors import InputError, find_input_error
 from .files import write_atomically
 from .settings import find_bundle_root
 from .variables import VARIABLES
@@ -82,30 +82,39 @@ def train(dataset: str, output: str, bundle_root: str | None = None, **override:
         dataset: folder that holds ``dataset.json``.
         output: folder for overlay, weights, pictures, curves and report.
         bundle_root: the bundle's folder; by default the one in the working directory, else the installed one.
-        **override: config variables, which take precedence over the chosen settings.
+        **override: config variables, which take precedence over the chosen settings; with ``resume``, over those of
+            the training that is continued.
 
     Raises:
         InputError: for faults of the data, variables that do not fit, and an output folder that holds another training,
             before anything is trained.
     """
-    _refuse_to_replace(output, override)
+    resumes = _resumes(output, override)
     root = bundle_root or find_bundle_root()
     overlay = Path(output) / OVERLAY
-    check(dataset, str(overlay), advises=False)
+    earlier = overlay.read_bytes() if resumes and overlay.is_file() else None
+    check(dataset, str(overlay) if earlier is None else None, advises=False)  # a training goes on with its own settings
     _keep(overlay, override)
     where = {"bundle_root": root, "dataset_dir": dataset, "output_dir": output, "ckpt_dir": f"{output}/models"}
-    _run("training", [f"{root}/configs/train.json", str(overlay)], {**where, **override})
+    try:
+        _run("training", [f"{root}/configs/train.json", str(overlay)], {**where, **override})
+    except Exception as error:
+        if earlier is not None and find_input_error(error) is not None:  # refused: its weights are as they were
+            write_atomically(overlay, earlier)
+        raise
     print(f"Report: {output}/training_report.md")
     for command, what in (("evaluate", shlex.quote(dataset)), ("segment", "IMAGE")):
         print(f"Next:   medsegdiff {command} {what} --trained {shlex.quote(output)} --output_dir OUT")
 
 
-def _refuse_to_replace(output: str, override: Mapping[str, Any]) -> None:
-    resumes = "resume" in override and VARIABLES["resume"].read(override["resume"])
+def _resumes(output: str, override: Mapping[str, Any]) -> bool:
+    """Whether a training is continued; refuses to replace one."""
+    resumes = "resume" in override and bool(VARIABLES["resume"].read(override["resume"]))
     if not resumes and (held := sorted((Path(output) / WEIGHTS).parent.glob("*.pt"))):
         raise InputError(
             f"{held[-1]}: of an earlier training: add --resume true to continue it, or choose another --output_dir."
         )
+    return resumes
 
 
 def _keep(overlay: Path, override: Mapping[str, Any]) -> None:

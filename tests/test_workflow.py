@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import medsegdiff_monai.__main__ as commands
-from medsegdiff_monai.errors import InputError
+from medsegdiff_monai.errors import InputError, find_input_error
 from medsegdiff_monai.settings import find_bundle_root
 
 from .conftest import ROOT
@@ -30,7 +30,8 @@ def call(monkeypatch: pytest.MonkeyPatch, *words: object) -> None:
 def test_train_evaluate_and_segment(volumes, tmp_path, monkeypatch, capsys):
     shipped = (ROOT / "bundle" / "models" / "model.pt").read_bytes()
     monkeypatch.chdir(tmp_path)  # no bundle here
-    small = ["--channels", "[8,8]", "--roi_size", "[8,12,8]", "--max_epochs", 1, "--val_interval", 1, "--device", "cpu"]
+    small = ["--channels", "[8,8]", "--roi_size", "[8,12,8]", "--seed", 3]
+    small += ["--max_epochs", 1, "--val_interval", 1, "--device", "cpu"]
     call(monkeypatch, "train", volumes, "-o", "mine", *small)
     said = capsys.readouterr().out
     assert "Runs: python -m monai.bundle run training --config_file" in said and "--max_epochs 1" in said
@@ -43,7 +44,15 @@ def test_train_evaluate_and_segment(volumes, tmp_path, monkeypatch, capsys):
     with pytest.raises(InputError, match=r"mine/models/model\.pt: of an earlier training: add --resume true"):
         call(monkeypatch, "train", volumes, "-o", "mine", *small)
     assert Path("mine/models/model.pt").read_bytes() == weights
-    call(monkeypatch, "train", volumes, "-o", "mine", *small, "--resume", "true", "--max_epochs", 2)
+    files = [Path("mine/overlay.json"), Path("mine/overlay.fingerprint.json")]
+    kept = [file.read_bytes() for file in files]
+    further = ["--resume", "true", "--max_epochs", 2, "--val_interval", 1, "--device", "cpu"]
+    with pytest.raises(RuntimeError) as refused:
+        call(monkeypatch, "train", volumes, "-o", "mine", *further, "--channels", "[8,16]")
+    assert "another architecture" in str(find_input_error(refused.value))
+    assert [file.read_bytes() for file in files] == kept  # a refused training is as it was
+    call(monkeypatch, "train", volumes, "-o", "mine", *further)  # with the settings that it has
+    assert [file.read_bytes() for file in files] == kept
     capsys.readouterr()
     call(monkeypatch, "evaluate", volumes, "--trained", "mine", "--output_dir", "scores", "--device", "cpu")
     with open("scores/cases.csv", newline="") as file:
