@@ -514,7 +514,8 @@ def test_of_several_parts_that_are_set_no_right_one_is_blamed(pictures, monkeypa
     with pytest.raises(Exception) as error:
         parser.get_parsed_content("inferer")
     sys.excepthook(error.type, error.value, error.tb)
-    assert "error: inferer#roi_size=5 or inferer#seed=3 cannot be used: object of" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "error: inferer#roi_size=5 or inferer#seed=3 cannot be used: roi_size=5 must be a list" in said
 
 
 def test_a_stray_word_is_no_reason_to_check_nothing():
