@@ -14,7 +14,14 @@ from ignite.engine import Engine, Events
 from matplotlib.figure import Figure
 from PIL import Image
 
-from medsegdiff_monai.handlers import ClassMetrics, SaturationWarning, TensorBoardLog, TrainingHistory, TrainingReport
+from medsegdiff_monai.handlers import (
+    ClassMetrics,
+    CollapseWarning,
+    SaturationWarning,
+    TensorBoardLog,
+    TrainingHistory,
+    TrainingReport,
+)
 from medsegdiff_monai.handlers.history import plot_curves, read_history
 from medsegdiff_monai.variables import VARIABLES
 
@@ -166,6 +173,27 @@ def test_saturated_masks_are_named_in_words(masks, labels, words, caplog):
         assert caplog.text == ""
     for word in words:
         assert word in caplog.text
+
+
+@pytest.mark.parametrize(
+    "scores, warned",
+    [
+        ([0.6, 0.66, 0.3], ["Epoch 3", "fell from 0.660 in epoch 2 to 0.300", "--learning_rate"]),
+        ([0.6, 0.2, 0.6], ["Epoch 2"]),
+        ([0.6, 0.31, 0.61], []),
+        ([0.19, 0.01, 0.15], []),  # it has not learned anything yet
+        ([0.6, float("nan")], []),
+        ([None, None], []),  # validated by another metric
+    ],
+)
+def test_a_training_that_collapses_says_so(scores, warned, caplog):
+    engine, collapse = Engine(lambda e, b: None), CollapseWarning()
+    for epoch, score in enumerate(scores, 1):
+        engine.state.epoch = epoch
+        engine.state.metrics = {} if score is None else {"val_mean_dice": score}
+        collapse(engine)
+    assert len(caplog.records) == bool(warned)
+    assert all(word in caplog.text for word in warned)
 
 
 @pytest.mark.parametrize("value, names", [(torch.tensor([0.25, 0.5]), {"disc": 0.25, "cup": 0.5}), (0.75, {"a": 0.75})])

@@ -10,7 +10,7 @@ from .seeding import EpochSeeding
 from .stopping import EarlyStopping
 from .tracking import TensorBoardLog
 from .training_report import TrainingReport
-from .validation import ClassMetrics, EnergyDistance, SaturationWarning, ValidationPictures
+from .validation import ClassMetrics, CollapseWarning, EnergyDistance, SaturationWarning, ValidationPictures
 from .warm_start import WarmStart
 from .weights import BestModelSaver, ModelEMA, WeightsLoader
 
@@ -18,6 +18,7 @@ __all__ = [
     "BestModelSaver",
     "CaseProgress",
     "ClassMetrics",
+    "CollapseWarning",
     "EarlyStopping",
     "EnergyDistance",
     "EpochSeeding",

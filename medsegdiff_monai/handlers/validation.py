@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -23,7 +24,7 @@ from ..metrics import generalised_energy_distance, known_part
 from ..pictures import error_map, overlay_bytes
 from ..transforms import Regions
 
-__all__ = ["ClassMetrics", "EnergyDistance", "SaturationWarning", "ValidationPictures"]
+__all__ = ["ClassMetrics", "CollapseWarning", "EnergyDistance", "SaturationWarning", "ValidationPictures"]
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +98,40 @@ class SaturationWarning:
                     f"Epoch {engine.state.epoch}: every validation mask of {', '.join(stuck)} is all {kind}, "
                     f"the labels are not. {CAUSES[kind]}"
                 )
+
+
+class CollapseWarning:
+    """Warn, in words, where a validation has less than half of the best score of this run.
+
+    Sets of masks can end a training that went well: all masks follow the noise, whatever the image, or are empty. The
+    loss shows little of that, since such masks differ.
+
+    Args:
+        metric: of the validation, the higher the better; nothing is compared where it is missing, or has never been as
+            high as :attr:`LEAST`.
+    """
+
+    LEAST = 0.2
+
+    def __init__(self, metric: str = "val_mean_dice") -> None:
+        self.metric = metric
+        self.best = (0.0, 0)  # and its epoch
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to a validator."""
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Compare with the best one before; all ranks have the same score."""
+        state: Any = engine.state
+        score, (best, epoch) = float(state.metrics.get(self.metric, math.nan)), self.best
+        if best >= self.LEAST and score < best / 2 and idist.get_rank() == 0:
+            logger.warning(
+                f"Epoch {state.epoch}: {self.metric} fell from {best:.3f} in epoch {epoch} to {score:.3f}: the "
+                "training has collapsed. Unless it recovers, train anew with a lower --learning_rate, such as half of "
+                "it; --objective mask does not collapse in this way, but its members hardly differ."
+            )
+        self.best = max(self.best, (score, state.epoch))
 
 
 class EnergyDistance:
