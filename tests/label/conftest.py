@@ -88,10 +88,10 @@ class Server:
         """The mask that /infer returns for ``image=`` (id or folder), ``file=`` (upload) or ``session_id=``."""
         answer = self.post(params=params, **query)
         assert answer.status_code == 200, self.log.read_text()[-3000:]
-        return nib.Nifti1Image.from_bytes(_gunzip(answer.content))
+        return nib.Nifti1Image.from_bytes(gunzip(answer.content))
 
 
-def _gunzip(content: bytes) -> bytes:
+def gunzip(content: bytes) -> bytes:
     import gzip
 
     return gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from playwright.sync_api import Page, expect, sync_playwright
+from playwright.sync_api import Locator, Page, expect, sync_playwright
 
 from .orthanc import chromium
 
@@ -82,15 +82,42 @@ class Reader:
         self.page.get_by_text("Options / Configurations").wait_for()
         self.page.wait_for_timeout(3_000)
 
-    def run(self, uncertainty: bool, uncertainty_series: bool = False) -> None:
-        """Run the model, with the segments of uncertainty and the series if wanted."""
+    def run(self, **options: bool) -> None:
+        """Run the model with three members, and with the options that are on or off."""
         self.page.get_by_text("Options / Configurations").click()
-        self.page.locator("#infermedsegdiffuncertainty").set_checked(uncertainty)
-        self.page.locator("#infermedsegdiffuncertainty_series").set_checked(uncertainty_series)
+        for option, on in options.items():
+            self.page.locator(f"#infermedsegdiff{option}").set_checked(on)
         self.page.locator("#infermedsegdiffnum_members").fill("3")
         self.page.get_by_role("button", name="Confirm", exact=True).click()
         self.page.get_by_title("Run Segmentation", exact=True).click()
         self.page.get_by_text("Running Segmentation - Successful").first.wait_for()
+
+    def update_model(self, epochs: int) -> None:
+        """Start a training."""
+        self.page.get_by_text("Options / Configurations").click()
+        self.page.locator("select:has(option[value=train])").first.select_option("train")
+        self.page.locator("#trainmedsegdiffmax_epochs").fill(str(epochs))
+        self.page.get_by_role("button", name="Confirm", exact=True).click()
+        with self.page.expect_response(re.compile("/train/")) as started:
+            self._active_learning().get_by_role("button", name="Update Model").click()
+        assert started.value.ok, started.value.text()
+
+    def next_sample(self, strategy: str) -> str:
+        """Ask what to label next; the study that is offered."""
+        panel = self._active_learning()
+        panel.get_by_role("combobox").select_option(strategy)
+        panel.get_by_role("button", name="Next Sample").click()
+        row = self.page.get_by_role("row").filter(has_text="Study Instance UID")
+        offered = row.get_by_role("cell").last.inner_text()
+        self.page.get_by_role("button", name="OK", exact=True).click()
+        return offered.strip()
+
+    def _active_learning(self) -> Locator:
+        """Its part of the panel, unfolded."""
+        part = self.page.locator(".tab").filter(has_text="Active Learning")
+        if not part.get_by_role("button", name="Next Sample").is_visible():
+            part.get_by_text("Active Learning", exact=True).click()
+        return part
 
     def load_segmentation(self, name: str) -> list[str]:
         """Load a DICOM-SEG of the open study whose name matches; names of its segments."""
@@ -99,22 +126,36 @@ class Reader:
         expect(self.page.get_by_text("anterior", exact=True)).to_be_visible()
         return self.page.locator("[data-cy=data-row] span.text-base").all_inner_texts()
 
+    def export_segmentation(self, name: str) -> None:
+        """Store the loaded segmentation in the archive, as a series of that name."""
+        menus = self.page.locator(
+            "xpath=//button[@aria-haspopup='menu'][following::button[contains(., 'Add Segment')]]"
+        )
+        menus.last.click()
+        self.page.get_by_role("menuitem", name="Export & Download").click()
+        self.page.get_by_role("menuitem", name="Export DICOM SEG").click()
+        self.page.get_by_text("Enter the report name").wait_for()
+        self.page.locator("input[type=text]").last.fill(name)
+        with self.page.expect_response(re.compile("/studies$")) as stored:
+            self.page.get_by_role("button", name="Save", exact=True).click()
+        assert stored.value.ok, stored.value.text()
+
     def show_series(self, name: str) -> None:
         """Show a series in the open study."""
         self.page.get_by_text(name).first.dblclick()
         self.page.wait_for_timeout(5_000)
 
     def scroll_to(self, instance: int) -> None:
-        """Scroll the first viewport from its first slice to the one of that instance number.
+        """Scroll the first viewport to the slice of that instance number, in whichever direction it lies.
 
         The viewer does jump to a segment that is chosen, but only where its middle lies in a slice to the last digit.
         """
         self.page.mouse.move(500, 500)
-        shown = self.page.get_by_text(re.compile(rf"^I:\s*{instance} \("))
+        shown = self.page.get_by_text(re.compile(r"^I:\s*\d+ \(\d+/\d+\)")).first
         end = time.monotonic() + PATIENCE / 1000
-        while not shown.count():
+        while (number := int(re.findall(r"\d+", shown.inner_text())[0])) != instance:
             assert time.monotonic() < end, f"no slice {instance}"
-            self.page.mouse.wheel(0, 100)
+            self.page.mouse.wheel(0, 100 if number < instance else -100)
             self.page.wait_for_timeout(500)
 
     def hide(self, segment: str) -> None:

@@ -23,7 +23,7 @@ from monailabel.tasks.activelearning.epistemic import Epistemic
 from monailabel.tasks.scoring.epistemic_v2 import EpistemicScoring
 
 from examples.label.serving.datastores import Archive, Folder, dicom_series
-from examples.label.serving.inference import GradedInferTask, grade_of, wants
+from examples.label.serving.inference import SERIES, GradedInferTask, grade_of, wants
 from examples.label.serving.legend import Legend
 from examples.label.serving.refusals import Conflict, NotThere
 from medsegdiff_monai.errors import InputError, find_input_error
@@ -144,7 +144,7 @@ class MedSegDiffApp(_stock_app(), MONAILabelApp):  # type: ignore[misc]
         return {**super().init_strategies(), "disagreement": disagreement, "worst_first": WorstFirst()}
 
     def infer(self, request: dict[str, Any], datastore: Datastore | None = None) -> dict[str, Any]:
-        """Segment an image; the grade of a study is kept with it, and a series of uncertainty in its archive.
+        """Segment an image; the grade of a study is kept with it, and series that are asked for in its archive.
 
         Raises:
             InputError: for what cannot be done.
@@ -152,12 +152,10 @@ class MedSegDiffApp(_stock_app(), MONAILabelApp):  # type: ignore[misc]
         if request.get("model") not in self._infers:
             raise NotThere(f"model {request.get('model')!r} is not there: take {', '.join(self._infers)}.")
         store, study = datastore or self.datastore(), not Path(request["image"]).is_absolute()
-        beside = wants(request, "uncertainty_series")
+        beside = [option for option in SERIES if wants(request, option)]
         if beside:
             if not (study and isinstance(store, Archive)):
-                raise Conflict(
-                    "uncertainty_series: goes into a DICOM archive, and this image is in none: leave it out."
-                )
+                raise Conflict(f"{beside[0]}: goes into a DICOM archive, and this image is in none: leave it out.")
             request["dicom_series"] = dicom_series(store.get_image_uri(request["image"]))
         try:
             result = super().infer(request, datastore)
@@ -168,9 +166,9 @@ class MedSegDiffApp(_stock_app(), MONAILabelApp):  # type: ignore[misc]
             raise found from error
         if study:
             store.update_image_info(request["image"], {"grade": result["params"]["grade"]})
-        if beside:
+        for option in beside:
             try:
-                result["params"]["uncertainty_series"] = store.add_series(result["params"]["uncertainty_series"])
+                result["params"][option] = store.add_series(result["params"][option])
             except BaseException:
                 Path(result["file"]).unlink()
                 raise

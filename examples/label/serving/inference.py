@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from tempfile import NamedTemporaryFile
+from tempfile import NamedTemporaryFile, TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import pydicom
 from monailabel.tasks.infer.bundle import BundleInferTask
 
 from medsegdiff_monai.cases import CaseResult, named_regions
@@ -23,7 +24,9 @@ from .legend import Legend, Segment
 from .refusals import Stopped
 from .seg_nrrd import write_seg_nrrd
 
-__all__ = ["GradedInferTask", "grade_of", "unless_stopped", "wants"]
+__all__ = ["SERIES", "GradedInferTask", "grade_of", "unless_stopped", "wants"]
+
+SERIES = ("mask_series", "uncertainty_series")  # options that store a series in the archive of the study
 
 _stop: ContextVar[threading.Event | None] = ContextVar("stop", default=None)
 
@@ -69,8 +72,9 @@ class GradedInferTask(BundleInferTask):
 
     MONAI Label's task keeps the options of a request in itself: one request at a time. The option ``uncertainty`` marks
     where the members disagree: with ``.seg.nrrd`` and DICOM-SEG as further segments that overlap the mask, in a single
-    label map, as viewers ask for, by values of their own (:meth:`.legend.Legend.uncertain_map`). With the option
-    ``uncertainty_series`` there are also pictures of the map of uncertainty (:func:`.dicom_overlay.overlay_series`).
+    label map, as viewers ask for, by values of their own (:meth:`.legend.Legend.uncertain_map`). With the options
+    ``mask_series`` and ``uncertainty_series`` there are also the DICOM-SEG, and pictures of the map of uncertainty
+    (:func:`.dicom_overlay.overlay_series`), to be stored beside the image.
 
     Args:
         path: folder of the bundle.
@@ -85,7 +89,7 @@ class GradedInferTask(BundleInferTask):
         super().__init__(path, conf, load_strict=True, **kwargs)
         self._config["model_filename"].sort(key="model.pt".__ne__)  # viewers take the first one
         self.labels = {one.name: one.value for one in legend.in_label_maps}
-        self._config |= {"uncertainty": False, "uncertainty_series": False}
+        self._config |= {"uncertainty": False} | dict.fromkeys(SERIES, False)
 
     def __call__(self, request: dict[str, Any], callbacks: Any = None) -> tuple[Any, dict[str, Any]]:
         """Segment an image.
@@ -139,24 +143,30 @@ class GradedInferTask(BundleInferTask):
             "grade": grade_of(case), "model_version": self.legend.version,
             "segments": {one.name: one.value for one in segments},
         }  # fmt: skip
+        mask, folder = np.asarray(data["pred"].cpu()).astype(np.uint8), data.get("dicom_series")
         if wants(data, "uncertainty_series"):
             entropy = np.asarray(data["uncertainty_entropy"].cpu())[0]
             data["result"]["uncertainty_series"] = overlay_series(
-                case.image[0], entropy, case.affine, data["dicom_series"], self.legend
+                case.image[0], entropy, case.affine, folder, self.legend
             )
-        mask = np.asarray(data["pred"].cpu()).astype(np.uint8)
+
+        def dicom_seg(file: str) -> None:
+            layers = self._layers(mask, votes, unsure)
+            write_dicom_seg(file, layers, case.affine, folder, self.legend, automatic=True)
+
+        if wants(data, "mask_series"):
+            with TemporaryDirectory() as scratch:
+                dicom_seg(f"{scratch}/mask.dcm")
+                data["result"]["mask_series"] = [pydicom.dcmread(f"{scratch}/mask.dcm")]
         ext = str(extension or data.get("result_extension") or "").lower()
         if ext == ".seg.nrrd":
             return _temporary(
                 ext, lambda file: write_seg_nrrd(file, self._layers(mask, votes, unsure), case.affine)
             ), data["result"]
         if ext == ".dcm":
-            folder = data.get("dicom_series")
             if not folder:
                 raise InputError("result_extension='.dcm': ask for output=dicom_seg instead.")
-            return _temporary(ext, lambda file: write_dicom_seg(
-                file, self._layers(mask, votes, unsure), case.affine, folder, self.legend, automatic=True
-            )), data["result"]  # fmt: skip
+            return _temporary(ext, dicom_seg), data["result"]
         if unsure:
             data["pred"] = self.legend.uncertain_map(mask, votes)
         return super().writer(data, extension, dtype)

@@ -43,6 +43,7 @@ from medsegdiff_monai.errors import InputError, find_input_error
 from .endpoint import infer as own_infer
 from .guard import UPLOAD, answer, guarded
 from .refusals import Conflict, NotThere
+from .viewer import mended
 
 __all__ = ["app"]
 
@@ -111,6 +112,8 @@ def _known(function: Callable, section: str) -> Callable:
     return start
 
 
+_stock_file = ohif.get_ohif
+ohif.get_ohif = lambda path: mended(_stock_file(path))
 train.run_model = _known(train.run_model, "trainers")
 scoring.run_method = _known(scoring.run_method, "scoring")
 for _module in (activelearning, batch_infer, datastore, info, logs, model, ohif, scoring, session, train):
