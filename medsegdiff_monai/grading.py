@@ -34,6 +34,7 @@ __all__ = [
 CONFIDENCE = 0.9  # of the interval of the expected Dice
 MIN_CASES = 10  # below which residuals say nothing of an interval of that confidence
 DISAGREEMENT = 0.7  # an expected Dice below this is a reason to look
+CONSTANT = 1e-6  # spread of an image by its mean, up to which it shows nothing
 MARGIN = 0.25  # by which a case may leave the range of the training, as a share of it
 
 
@@ -269,6 +270,9 @@ def reasons_to_look(
         seen = None if record is None else record.size[:, k]
         found += _beyond(f"size of {name}", facts.size[k], seen, f"{unit}^{power}")
     if record is not None:
+        mean, spread = facts.intensity
+        if (spread <= CONSTANT * mean.abs()).all():
+            found.append("the image has the same value everywhere")
         for axis, (extent, seen) in enumerate(zip(facts.extent, record.extent.T), start=1):
             found += _beyond(f"extent of the image along axis {axis}", extent, seen, unit)
         for channel in range(facts.intensity.shape[1]):

@@ -146,6 +146,7 @@ NONE = torch.tensor([torch.nan])
         ({"extent": 200.0}, "extent of the image along axis 1 200 mm (training: 30 to 40)"),
         ({"intensity": 5000.0}, "mean intensity 5000 (training: 90 to 110)"),
         ({"size": 22.0, "extent": 44.0, "intensity": 115.0}, ""),  # within the margin
+        ({"spread": 0.0}, "the image has the same value everywhere; spread intensity 0 (training: 9 to 11)"),
     ],
 )
 def test_reasons_to_look(case: dict, words: str) -> None:
@@ -162,7 +163,7 @@ def test_reasons_to_look(case: dict, words: str) -> None:
     graded = Grade(torch.tensor([case.get("expected", 0.9)]), NONE, NONE)
     facts = CaseFacts(
         torch.tensor([case.get("extent", 35.0), 35.0]),
-        torch.tensor([[case.get("intensity", 100.0)], [10.0]]),
+        torch.tensor([[case.get("intensity", 100.0)], [case.get("spread", 10.0)]]),
         torch.tensor([case.get("size", 9.0)]),
     )
     assert "; ".join(reasons_to_look(["tumour"], graded, mask, facts, "mm", record)) == words

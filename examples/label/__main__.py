@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import sys
 from pathlib import Path
 
-from medsegdiff_monai.errors import show_input_errors_plainly
+from medsegdiff_monai.errors import InputError, show_input_errors_plainly
 
 from .server import server_command, server_environment
 from .studies import write_demo_studies
@@ -36,8 +37,13 @@ def main(
         origins: of other web pages that may ask the server, such as ``https://viewer.example``, with spaces between.
     """
     folder = Path(work)
+    if studies and not studies.startswith(("http://", "https://")) and not Path(studies).is_dir():
+        raise InputError(f"studies {studies}: there is no such folder: give one, or the address of a DICOMweb archive.")
     environment = server_environment(folder, origins)
     command = server_command(folder, studies or folder / "studies", app, port, bundle)
+    requests = Path(environment["MEDSEGDIFF_LABEL_FILES"])
+    shutil.rmtree(requests, ignore_errors=True)  # what a server that was killed has left of its patients
+    requests.mkdir(parents=True)
     if not studies:
         write_demo_studies(folder / "studies")
         print(f"Demo studies: {folder / 'studies'} (crops of the MNI152 template; README.txt there says more)")

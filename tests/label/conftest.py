@@ -121,3 +121,15 @@ def stock(study: nib.Nifti1Image, tmp_path_factory: pytest.TempPathFactory) -> I
     server = Server(folder, "monaibundle")
     yield server
     server.stop()
+
+
+@pytest.fixture(scope="module")
+def own(study: nib.Nifti1Image, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The app of this repository, with three studies in a folder, and another web page that may ask it."""
+    folder = tmp_path_factory.mktemp("own")
+    (folder / "studies").mkdir()
+    for i in range(3):
+        nib.save(study.slicer[: 27 + i], folder / "studies" / f"study_{i}.nii.gz")
+    server = Server(folder, "active_learning", MONAI_LABEL_CORS_ORIGINS='["https://viewer.example"]')
+    yield server
+    server.stop()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from http.client import HTTPConnection
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 from .conftest import Server, requests, voxels
 
 pytest.importorskip("monailabel", reason="MONAI Label has an environment of its own: make test-label")
+import pydicom
 import SimpleITK as sitk
 
 from examples.label.serving.viewer import MENDED
@@ -161,3 +163,42 @@ def test_viewer_is_served_without_its_faults(ohif):
         served = requests.get(f"{server.url}/ohif/{name}")
         assert served.text == expected and "javascript" in served.headers["content-type"]
         assert "default-src 'self'" in served.headers["content-security-policy"]
+
+
+@pytest.mark.parametrize("fault", ["a slice is missing", "slices of two directions"])
+def test_series_that_is_no_volume_is_refused_and_not_offered(fault, ohif, study, tmp_path):
+    server, archive = ohif
+    before = list(archive.instances)
+    turned = nib.Nifti1Image(voxels(study), study.affine @ np.diag([1, 1, 1, 1])[[0, 2, 1, 3]])
+    files = [file.read_bytes() for file in sorted(write_series(study, tmp_path / "series").iterdir())]
+    if fault == "a slice is missing":
+        del files[10]
+    else:
+        others = [pydicom.dcmread(file) for file in sorted(write_series(turned, tmp_path / "turned").iterdir())[:3]]
+        one = pydicom.dcmread(tmp_path / "series" / "000.dcm")
+        for i, other in enumerate(others):
+            other.SeriesInstanceUID, other.StudyInstanceUID = one.SeriesInstanceUID, one.StudyInstanceUID
+            other.InstanceNumber = 100 + i
+            other.save_as(tmp_path / f"{i}.dcm")
+            files.append((tmp_path / f"{i}.dcm").read_bytes())
+    archive.instances += files
+    series = str(pydicom.dcmread(tmp_path / "series" / "000.dcm").SeriesInstanceUID)
+    try:
+        assert server.info()["datastore"]["total"] == 2
+        refused = server.post(image=series)
+        assert refused.status_code == 409 and series in refused.json()["detail"], refused.text
+        assert "/tmp" not in refused.json()["detail"]
+        assert server.info()["datastore"]["total"] == 1
+    finally:
+        archive.instances[:] = before
+
+
+@pytest.mark.parametrize("path", ["%2e%2e/system", "..%2fsystem", "%252e%252e/system", "tools/x", "wado/../../system"])
+def test_proxy_reaches_nothing_but_dicomweb(path, ohif):
+    server, _ = ohif
+    for method in ("GET", "POST"):
+        connection = HTTPConnection(server.url.removeprefix("http://"))
+        connection.request(method, f"/proxy/dicom/{path}")  # as it is: others resolve the dots themselves
+        assert connection.getresponse().status == 404
+    asked = requests.post(f"{server.url}/proxy/dicom/wado/series/1.2", data=b"")  # only studies can be stored
+    assert asked.status_code == 404

@@ -8,6 +8,7 @@ right is in ``examples/label/serving``, each part with the fault that it is ther
 
 from __future__ import annotations
 
+import logging
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -27,6 +28,8 @@ from examples.label.serving.inference import SERIES, GradedInferTask, grade_of, 
 from examples.label.serving.legend import Legend
 from examples.label.serving.refusals import Conflict, NotThere
 from medsegdiff_monai.errors import InputError, find_input_error
+
+logger = logging.getLogger(__name__)
 
 STOCK_APP = Path(sys.prefix) / "monailabel" / "sample-apps" / "monaibundle" / "main.py"
 
@@ -51,9 +54,16 @@ class EnsembleDisagreement(EpistemicScoring):
         return super().__call__({**request, "max_workers": 1}, datastore)
 
     def run_scoring(self, image_id: str, simulation_size: int, model_ts: int, datastore: Datastore) -> None:
-        """Score one study with ``simulation_size`` members."""
-        request = {"image": datastore.get_image_uri(image_id), "num_members": simulation_size, "logging": "error"}
-        _, results = self.infer_task(request=request)
+        """Score one study with ``simulation_size`` members; the log names one that cannot be read."""
+        try:
+            request = {"image": datastore.get_image_uri(image_id), "num_members": simulation_size, "logging": "error"}
+            _, results = self.infer_task(request=request)
+        except Exception as error:
+            found = find_input_error(error)
+            if found is None:
+                raise
+            logger.warning(f"Not scored: {image_id}: {found}")
+            return
         disagreement = 1 - float(results["pairwise_dice"].mean())
         grade = grade_of(self.infer_task.case(results))
         info = {self.key_output_entropy: disagreement, self.key_output_ts: model_ts, "grade": grade}

@@ -23,6 +23,7 @@ from monailabel.interfaces.datastore import DefaultLabelTag
 from pydicom import dcmread
 from pydicom.dataset import Dataset
 
+from medsegdiff_monai.data.dicom import check_series
 from medsegdiff_monai.data.reading import load_image
 from medsegdiff_monai.errors import InputError
 from medsegdiff_monai.files import remove_leftovers, replacing, write_atomically
@@ -69,6 +70,11 @@ def _check_stored(answer: Dataset, number: int) -> None:
     if failed or len(answer.get("ReferencedSOPSequence") or []) < number:
         reasons = sorted({hex(int(one.get("FailureReason") or 0)) for one in failed}) or ["it gave no reason"]
         raise Conflict(f"the archive has not stored the series ({', '.join(reasons)}): see its log.")
+
+
+def _files(series: Dataset) -> int:
+    """How many files an archive says that a series has; 0 where it does not."""
+    return int(series.get("NumberOfSeriesRelatedInstances") or 0)
 
 
 class Folder(LocalDatastore):
@@ -124,10 +130,14 @@ class Folder(LocalDatastore):
         """Add a study.
 
         Raises:
-            InputError: for a name that leads out of the folder.
+            InputError: for a name that leads out of the folder, or a file that is no image.
+            Conflict: for the name of a study that is there.
         """
         _check_name(image_id or Path(image_filename).name)
+        load_image(image_filename)
         with self._changing():
+            if image_id in self._datastore.objects:
+                raise Conflict(f"study {image_id!r} is there already: take another name, or delete it first.")
             return super().add_image(image_id, image_filename, image_info)
 
     def update_image_info(self, image_id: str, info: dict[str, Any]) -> None:
@@ -240,6 +250,7 @@ class Archive(Folder, DICOMWebDatastore):
         self._threads = threading.RLock()
         self._downloads = threading.RLock()
         self._seen: dict[str, Dataset] = {}  # header of each DICOM-SEG; what a series holds does not change
+        self._no_volumes: dict[str, int] = {}  # series that are none, such as localizers, with their number of files
         DICOMWebDatastore.__init__(self, **kwargs)
         remove_leftovers(self._datastore_path)
         self._handler.on_moved = self._on_move
@@ -249,10 +260,12 @@ class Archive(Folder, DICOMWebDatastore):
         return [Dataset.from_json(one) for one in found]
 
     def list_images(self) -> list[str]:
-        """The series that are offered, as the archive has them now."""
+        """The series that are offered, as the archive has them now, without those that turned out to be no volumes."""
         own = self.legend.map_description
-        found = self._series(**self._search_filter)
-        return [str(one.SeriesInstanceUID) for one in found if str(one.get("SeriesDescription", "")) != own]
+        found = [one for one in self._series(**self._search_filter) if str(one.get("SeriesDescription", "")) != own]
+        return [
+            str(one.SeriesInstanceUID) for one in found if self._no_volumes.get(one.SeriesInstanceUID) != _files(one)
+        ]
 
     def labels(self) -> dict[str, Dataset]:
         """The header of the last label of each series, as the archive has them now."""
@@ -290,22 +303,35 @@ class Archive(Folder, DICOMWebDatastore):
         return image_id
 
     def get_image_uri(self, image_id: str) -> str:
-        """Return the NIfTI copy of a series, fetched anew where the archive has more of it by now."""
+        """Return the NIfTI copy of a series, fetched anew where the archive has more of it by now.
+
+        Raises:
+            NotThere: where there is no such series.
+            Conflict: where its slices make no volume: they have several directions, or some are missing.
+        """
         place = Path(self._datastore.image_path())
         folder, nifti = place / image_id, place / f"{image_id}.nii.gz"
         with self._downloads:
             found = [one for one in self._series(SeriesInstanceUID=image_id) if one.SeriesInstanceUID == image_id]
             if not found:
                 self.known(image_id)
-            wanted = int(found[0].get("NumberOfSeriesRelatedInstances") or 0)
+            wanted = _files(found[0])
             here = len(list(folder.glob("*.dcm"))) if folder.is_dir() else 0
             if not (nifti.is_file() and here and wanted in (0, here)):
-                self._fetch(image_id, folder)
+                try:
+                    self._fetch(image_id, folder)
+                except InputError as error:
+                    self._no_volumes[image_id] = wanted
+                    raise Conflict(f"series {image_id}: {error} It is not offered any more.") from error
         return str(nifti.resolve())
 
     def _fetch(self, series: str, folder: Path) -> None:
         with TemporaryDirectory(dir=folder.parent, prefix=".fetch") as unfinished:
             dicom_web_download_series(None, series, f"{unfinished}/series", self._client, self._fetch_by_frame)
+            try:
+                check_series(Path(unfinished, "series"))
+            except InputError as error:
+                raise InputError(str(error).replace(f"{unfinished}/series", "it")) from error
             file = dicom_to_nifti(f"{unfinished}/series")
             try:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -369,6 +395,14 @@ class Archive(Folder, DICOMWebDatastore):
             stored = dcmread(file)
             _check_stored(self._client.store_instances([stored]), 1)
             return {MADE_OF: str(stored.SeriesInstanceUID), "Modality": "SEG"}
+
+    def add_image(self, image_id: str, image_filename: str, image_info: dict[str, Any]) -> str:
+        """Refuse to add a study.
+
+        Raises:
+            Conflict: always.
+        """
+        raise Conflict("studies are in the archive: store the DICOM files there.")
 
     def add_series(self, instances: list[Dataset]) -> str:
         """Store a series in the archive; its name."""

@@ -15,6 +15,8 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import Annotated, Any, TypeVar
 
+import numpy as np
+import torch
 from fastapi import BackgroundTasks, Depends, File, Form, Request, UploadFile
 from fastapi.responses import Response
 from monailabel.config import settings
@@ -28,13 +30,15 @@ from .datastores import dicom_series
 from .inference import unless_stopped
 from .refusals import Busy, NotThere, Stopped
 
-__all__ = ["PLACES", "Turns", "infer"]
+__all__ = ["PLACES", "Turns", "infer", "options"]
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 PLACES = 8  # requests for inference that are taken at a time, the one that is computed among them
 LOOK_SECONDS = 0.25  # between two looks whether the client is still there
 CLIENT_CLOSED = 499  # nobody reads it
+MAX_MEMBERS = 1000
+EXTENSIONS = (".nii.gz", ".nii", ".nrrd", ".seg.nrrd", ".mha", ".dcm")
 KEPT = ("model", "image", "session", "label", "dicom_series")  # options do not say what is read
 
 
@@ -71,7 +75,7 @@ class Turns:
             Busy: where all places are taken.
             Stopped: where it was stopped.
         """
-        stop = threading.Event()
+        stop, started = threading.Event(), threading.Event()
 
         def unless_gone() -> T:
             with unless_stopped(stop):
@@ -79,8 +83,7 @@ class Turns:
 
         async def in_turn(turn: asyncio.Lock) -> T:
             async with turn:
-                if stop.is_set():
-                    raise Stopped
+                started.set()
                 return await asyncio.to_thread(unless_gone)
 
         async with self.place() as turn:
@@ -88,6 +91,9 @@ class Turns:
             while not (await asyncio.wait({task}, timeout=LOOK_SECONDS))[0]:
                 if not stop.is_set() and await gone():
                     stop.set()
+                    if not started.is_set():  # its place is free at once
+                        task.cancel()
+                        raise Stopped
             return task.result()
 
 
@@ -102,14 +108,36 @@ def _stored(upload: UploadFile, folder: Path) -> str:
     return str(path)
 
 
-def _options(params: str) -> dict[str, Any]:
+def options(text: str, name: str = "params") -> dict[str, Any]:
+    """Read the options of a request.
+
+    Raises:
+        InputError: for text that is no JSON object.
+    """
     try:
-        options = json.loads(params or "{}")
+        found = json.loads(text or "{}")
     except json.JSONDecodeError as error:
-        raise InputError(f"params: is not JSON ({error}).") from error
-    if not isinstance(options, dict):
-        raise InputError('params: must be a JSON object, such as {"num_members": 5}.')
-    return {key: value for key, value in options.items() if key not in KEPT}
+        raise InputError(f"{name}: is not JSON ({error}).") from error
+    if not isinstance(found, dict):
+        raise InputError(f'{name}: must be a JSON object, such as {{"num_members": 5}}.')
+    return found
+
+
+def _checked(given: dict[str, Any]) -> dict[str, Any]:
+    """The options of inference, of which those are known to be usable that MONAI Label itself reads."""
+    members, extension = given.get("num_members"), str(given.get("result_extension") or ".nrrd").lower()
+    if str(members).isdigit() and int(members) > MAX_MEMBERS:
+        raise InputError(f"num_members={members} must be at most {MAX_MEMBERS}.")
+    if extension not in EXTENSIONS:
+        raise InputError(f"result_extension={extension!r} must be one of {', '.join(EXTENSIONS)}.")
+    if not isinstance(given.get("fusion", ""), str):
+        raise InputError(f"fusion={given['fusion']!r} must be a name, such as expected_dice.")
+    for option, reads in (("device", torch.device), ("result_dtype", np.dtype)):
+        try:
+            reads(given.get(option) or {"device": "cpu", "result_dtype": "uint8"}[option])
+        except (RuntimeError, TypeError) as error:
+            raise InputError(f"{option}={given[option]!r} is none: leave it out.") from error
+    return {key: value for key, value in given.items() if key not in KEPT}
 
 
 def _session(name: str) -> Any:
@@ -152,9 +180,9 @@ async def infer(
     """
     if not (file or image or session_id):
         raise InputError("no image: give image=STUDY, session_id=SESSION, or upload a file.")
-    wanted = {"model": model, "image": image, **_options(params)}
+    wanted = {"model": model, "image": image, **_checked(options(params))}
     uploads = Path(mkdtemp(prefix="upload"))
-    background_tasks.add_task(shutil.rmtree, uploads)
+    background_tasks.add_task(shutil.rmtree, uploads, ignore_errors=True)
     try:
         await asyncio.to_thread(_gather, wanted, uploads, session_id, file, label)
         result = await _turns.run(lambda: _segment(wanted, output), request.is_disconnected)

@@ -41,7 +41,7 @@ def as_sent(origin: str) -> str:
 
 
 class Guard:
-    """Refuses requests that someone else's web page makes, or that are too large; ties the viewer to this server.
+    """Refuses requests that someone else's web page makes, or that are too large; ties its own pages to this server.
 
     A browser names the page that asks in ``Origin``. A page whose own name is made to lead to this machine (DNS
     rebinding) gives that name as ``Host``.
@@ -63,7 +63,7 @@ class Guard:
         refused = self._refused({key.decode("latin-1"): value.decode("latin-1") for key, value in scope["headers"]})
         if refused is not None:
             return await refused(scope, receive, send)
-        await self.app(scope, self._bounded(receive), self._with_policy(send) if scope["path"][:5] == "/ohif" else send)
+        await self.app(scope, self._bounded(receive), self._with_policy(send))
 
     def _refused(self, headers: dict[str, str]) -> JSONResponse | None:
         host, origin = headers.get("host", ""), headers.get("origin")
@@ -112,6 +112,10 @@ def guarded(origins: Sequence[str], max_bytes: int) -> list[Middleware]:
         max_bytes: of a request.
     """
     shared = Middleware(
-        CORSMiddleware, allow_origins=list(map(as_sent, origins)), allow_methods=["*"], allow_headers=["*"]
+        CORSMiddleware,
+        allow_origins=list(map(as_sent, origins)),
+        allow_methods=["*"],
+        allow_headers=["*"],
+        allow_private_network=True,
     )
     return [Middleware(Guard, origins=origins, max_bytes=max_bytes), *([shared] if origins else [])]

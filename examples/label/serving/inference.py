@@ -15,19 +15,21 @@ import pydicom
 from monailabel.tasks.infer.bundle import BundleInferTask
 
 from medsegdiff_monai.cases import CaseResult, named_regions
+from medsegdiff_monai.data.rules import image_faults
 from medsegdiff_monai.errors import InputError
 from medsegdiff_monai.grading import measure, reasons_to_look
 
 from .dicom_overlay import overlay_series
 from .dicom_seg import write_dicom_seg
 from .legend import Legend, Segment
-from .refusals import Stopped
+from .refusals import Conflict, Stopped
 from .seg_nrrd import write_seg_nrrd
 
 __all__ = ["SERIES", "GradedInferTask", "grade_of", "unless_stopped", "wants"]
 
 SERIES = ("mask_series", "uncertainty_series")  # options that store a series in the archive of the study
 
+AT_A_TIME = 16  # members, after which it is looked whether to go on
 _stop: ContextVar[threading.Event | None] = ContextVar("stop", default=None)
 
 
@@ -95,21 +97,44 @@ class GradedInferTask(BundleInferTask):
         """Segment an image.
 
         Raises:
-            InputError: for options that are out of range.
+            InputError: for options that are out of range, or weights that are not there.
             Stopped: where nobody waits for the result any more.
         """
         with self._one_at_a_time:
             _check()
+            self._check_weights(request.get("model_filename"))
             result = super().__call__(request, callbacks)
         if not self.skip_writer:
             result[1]["label_names"] = result[1].pop("segments")
         return result
 
+    def _check_weights(self, asked: Any) -> None:
+        """MONAI Label takes others where these are not there, and goes on without any where there are none."""
+        there = sorted(file.name for file in Path(self.bundle_path, "models").glob("*.pt"))
+        for name in asked if isinstance(asked, list) else [asked or "model.pt"]:
+            if name not in there:
+                known = f"take {', '.join(there)}" if there else "put weights there, and start the server again"
+                raise Conflict(f"model_filename={name!r}: is not in the bundle's models: {known}.")
+
     def inferer(self, data: Any = None) -> Any:
         """The bundle's inferer, which looks after each pass of the network whether to go on."""
         inferer = super().inferer(data)
         inferer.progress = _check
+        inferer.member_batch_size = min(inferer.member_batch_size, AT_A_TIME)
         return inferer
+
+    def pre_transforms(self, data: Any = None) -> Any:
+        """The bundle's, with a look at the image once it is read."""
+        read, shaped, *rest = super().pre_transforms(data)
+        return [read, shaped, self._check_image, *rest]
+
+    def _check_image(self, data: dict[str, Any]) -> dict[str, Any]:
+        faults = image_faults(
+            data["image"], Path(data["image_path"]).name, self.bundle_config.get_parsed_content("data_spec")
+        )
+        if faults:
+            raise InputError("; ".join(faults))
+        return data
 
     def _get_network(self, device: str, data: Any) -> Any:
         try:

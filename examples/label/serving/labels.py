@@ -68,6 +68,10 @@ def model_values(values: np.ndarray, label_info: Sequence[Mapping[str, Any]], le
     Raises:
         InputError: for values that are no label's, or names that are no class of the model.
     """
+    if not isinstance(label_info, list) or not all(isinstance(entry, Mapping) for entry in label_info):
+        raise InputError('label_info: must be a list of objects, such as [{"name": "anterior", "idx": 1}].')
+    if not np.isfinite(values).all():
+        raise InputError("label: has values that are no numbers: save it as a label map.")
     present = [int(value) for value in np.unique(values) if value]
     if not np.array_equal(values, np.round(values)) or (present and not 0 < min(present) <= max(present) <= 65535):
         raise InputError("label: must hold whole numbers from 0: save it as a label map.")

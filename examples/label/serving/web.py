@@ -1,7 +1,8 @@
 """MONAI Label's web application, as it is served here: ``--uvicorn_app examples.label.serving.web:app``.
 
 Its endpoints are coroutines that never wait: while one computes, or asks an archive, nobody else is answered. They run
-in threads here. Errors are one line, and nothing is let in that a web page of someone else sends.
+in threads here. Errors are one line, nothing is let in that a web page of someone else sends, and no page loads scripts
+from elsewhere. What would replace or delete the weights, or reach more of the archive than DICOMweb, is left out.
 """
 
 from __future__ import annotations
@@ -10,15 +11,18 @@ import asyncio
 import inspect
 import logging
 import os
+import re
 import shutil
+import tempfile
 from collections.abc import Callable
 from functools import wraps
+from html import escape
 from typing import Any
 
 import requests
 from fastapi import HTTPException, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import HTMLResponse, JSONResponse
 from fastapi.routing import APIRoute
 from monailabel.endpoints import (
     activelearning,
@@ -41,6 +45,7 @@ from monailabel.interfaces.utils.app import app_instance
 from medsegdiff_monai.errors import InputError, find_input_error
 
 from .endpoint import infer as own_infer
+from .endpoint import options
 from .guard import UPLOAD, answer, guarded
 from .refusals import Conflict, NotThere
 from .viewer import mended
@@ -58,6 +63,15 @@ STATUS = {
     ),
     shutil.ReadError: (400, "the upload is no archive that can be unpacked, such as a zip."),
 }
+OUT_OF_MEMORY = re.compile(r"out of memory|not enough memory|can't allocate", re.IGNORECASE)  # torch has no one error
+# DICOMweb alone: an archive has more behind the same address, which a path with two dots would reach
+DICOMWEB = re.compile(r"(studies|series|instances)(/(?!\.+(/|$))[\w.,-]+)*")
+STOW = re.compile(r"studies(/[\d.]+)?")
+JSON_FORMS = ("params", "info")  # fields of forms that hold options as text
+FOLDER = "MEDSEGDIFF_LABEL_FILES"  # for files of requests that are being answered
+
+if FOLDER in os.environ:
+    tempfile.tempdir = os.environ[FOLDER]
 
 
 def _in_thread(endpoint: Callable) -> Callable:
@@ -65,10 +79,17 @@ def _in_thread(endpoint: Callable) -> Callable:
 
     @wraps(endpoint)
     def run(*args: Any, **kwargs: Any) -> Any:
+        for name in JSON_FORMS:
+            if isinstance(kwargs.get(name), str):
+                options(kwargs[name], name)
         try:
             endpoint(*args, **kwargs).send(None)
         except StopIteration as done:
             return done.value
+        except BaseException:
+            for task in getattr(kwargs.get("background_tasks"), "tasks", []):  # they remove the upload
+                task.func(*task.args, **task.kwargs)
+            raise
         raise RuntimeError(f"{endpoint.__name__} waits")
 
     run.__signature__ = inspect.signature(endpoint)  # type: ignore[attr-defined]
@@ -88,6 +109,9 @@ def _serve_in_threads(router: Any, **replaced: Callable) -> None:
 
 async def _proxy(request: Request, op: str, path: str) -> Any:
     """MONAI Label's way to the archive, in a thread, and with the question that the viewer asks."""
+    path = path.strip("/")
+    if not (STOW if request.method == "POST" else DICOMWEB).fullmatch(path):
+        raise NotThere(f"{path[:100]!r} is not there: /proxy/dicom passes on DICOMweb requests alone.")
     await request.body()  # it is kept, so that nothing waits below
     asked = f"{path}?{request.url.query}" if request.url.query and not path.endswith("metadata") else path
     return await asyncio.to_thread(_in_thread(_stock_proxy), request, op, asked)
@@ -114,14 +138,45 @@ def _known(function: Callable, section: str) -> Callable:
 
 _stock_file = ohif.get_ohif
 ohif.get_ohif = lambda path: mended(_stock_file(path))
+
+
+def _run_all(params: dict[str, Any] | None = None, run_sync: bool = False) -> dict[str, Any]:
+    """Train the model, in the words of the viewer."""
+    names = app_instance().info()["trainers"]
+    asked = {name: (params or {}).get(name) for name in names}
+    return {name: {"result": train.run_model(name, own, run_sync, True), "detail": None} for name, own in asked.items()}
+
+
+def _calls() -> HTMLResponse:
+    """A list of what can be called, in place of a page that loads scripts from elsewhere."""
+    lines = [
+        f"{method.upper():<7} {path:<40} {call.get('summary', '')}"
+        for path, methods in app.openapi()["paths"].items()
+        for method, call in methods.items()
+    ]
+    listed = escape("\n".join(lines))
+    return HTMLResponse(
+        f"<title>MONAI Label</title><h1>MONAI Label</h1><p><a href='/ohif/'>OHIF</a>, <a href='/openapi.json'>"
+        f"openapi.json</a></p><pre>{listed}</pre>"
+    )
+
+
 train.run_model = _known(train.run_model, "trainers")
+train.run = _run_all
+batch_infer.run = _known(batch_infer.run, "models")
+_stock_logs = logs.get_logs
+logs.get_logs = lambda file, lines, html, text, refresh: _stock_logs(file, lines, False, True, 0)
 scoring.run_method = _known(scoring.run_method, "scoring")
 for _module in (activelearning, batch_infer, datastore, info, logs, model, ohif, scoring, session, train):
     _serve_in_threads(_module.router)
 _serve_in_threads(infer.router, api_run_inference=own_infer)
 wsi_infer.router.routes.clear()  # of slides, which are not served here: they would read any file of the server
+model.router.routes[:] = [route for route in model.router.routes if route.methods <= {"GET", "HEAD"}]
 
 from monailabel.app import app  # noqa: E402  it takes the endpoints as they are by now
+
+app.router.routes[:] = [route for route in app.routes if getattr(route, "path", "") not in ("/", "/docs")]
+app.get("/", include_in_schema=False)(_calls)
 
 
 async def _refuse(request: Request, error: Exception) -> JSONResponse:
@@ -134,6 +189,8 @@ async def _refuse(request: Request, error: Exception) -> JSONResponse:
     for kind, (status, text) in STATUS.items():
         if isinstance(error, kind):
             return answer(status, f"{text} ({str(error)[:200]})")
+    if isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error)):
+        return answer(503, STATUS[MemoryError][1])
     first = (str(error).splitlines() or [""])[0][:200]
     return answer(500, f"{type(error).__name__}: {first} (the server's log says more)")
 
