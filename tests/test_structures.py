@@ -105,6 +105,6 @@ def test_the_smallest_of_very_many_have_one_row_together(monkeypatch) -> None:
     ]
     assert all(tuple(row) == COLUMNS for row in rows)
     assert (
-        "In the masks: 5. Possible misses, which only some members have: 3."
+        "In the masks: 5. Possible misses, which members have and the mask does not: 3."
         in structure_table([{"case": "scan", **row} for row in rows])[0]
     )

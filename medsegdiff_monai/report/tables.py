@@ -124,7 +124,7 @@ def structure_table(structures: Sequence[Row]) -> tuple[str, Table]:
     missed = [row for row in single if row["kind"] == "possible miss"]
     found = [row for row in single if row["kind"] != "possible miss"]
     number_missed = counts.pop("possible miss", 0)
-    text = f"In the masks: {counts.total()}. Possible misses, which only some members have: {number_missed or 'none'}."
+    text = f"In the masks: {counts.total()}. Possible misses, which members have and the mask does not: {number_missed or 'none'}."
     missed = sorted(missed, key=lambda row: (-number(row, "share_of_members"), -number(row, "size")))
     found = sorted(found, key=lambda row: number(row, "mean_probability"))
     shown = missed[:MAX_MISSES] + found[:MAX_UNSURE]
