@@ -57,7 +57,7 @@ turns on two shared cores, but for ours of 900 s, which ran by itself later, on 
 see the flipped image. On a GPU (`--device cuda`) they trained side by
 side on one card, each by a process of its own, in bfloat16, with torch 2.11.0+cu130 and for the same time by the clock;
 the CPU scored them in single precision. The losses of SSN and the Probabilistic U-Net were in part in bfloat16 too
-(SSN's is in single precision since), and two of three trainings of the latter ended in NaN; the U-Net has two.
+(SSN's is in single precision since), and two of three trainings of the latter ended in NaN; the U-Net has two seeds.
 
 - **ours**: this bundle, with the objective `ensemble`; one step for each mask, unless the row says otherwise. Every
   second pair of masks is of the flipped image; with **no flips**, as before that was built in, none is.

@@ -242,8 +242,8 @@ def test_the_summary_leaves_out_what_is_no_number(tmp_path, caplog):
     assert rows[0]["ged"] == "nan" and rows[2]["ncc"] == "nan"
     lines = {record.getMessage().split(":")[0]: record.getMessage() for record in caplog.records}
     ged, ncc = [float(rows[i]["ged"]) for i in (1, 2)], [float(rows[i]["ncc"]) for i in (0, 1)]
-    assert lines["ged"] == f"ged: {np.mean(ged):.4f} (std {np.std(ged):.4f}, 2 cases)"
-    assert lines["ncc"] == f"ncc: {np.mean(ncc):.4f} (std {np.std(ncc):.4f}, 2 cases)"
+    assert lines["ged"] == f"ged: {np.mean(ged):.4f} (std {np.std(ged):.4f}, 2 cases; lower is better)"
+    assert lines["ncc"] == f"ncc: {np.mean(ncc):.4f} (std {np.std(ncc):.4f}, 2 cases; higher is better)"
     assert "3 cases" in lines["matched_iou"] and "3 cases" in lines["best_iou"]
     caplog.clear()
     with caplog.at_level("INFO"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -291,3 +292,16 @@ def test_an_expected_dice_without_an_interval_is_called_a_rough_guess(tmp_path: 
         assert text in " ".join(summary_lines(table, names))
     for table in (both, unknown):
         assert "rough guess" not in Page(write_report(table, tmp_path, names)).words + str(summary_lines(table, names))
+
+
+def test_scores_against_several_raters_are_explained(tmp_path: Path) -> None:
+    rows = made_rows(3)
+    write_report(rows, tmp_path, ["disc", "cup"])
+    assert "as raters do" not in Page(tmp_path / "report.html").words
+    for row, ged in zip(rows, (0.2, 0.4, math.nan)):
+        row |= {"ged_disc": ged, "best_iou_cup": 0.7}
+    write_report(rows, tmp_path, ["disc", "cup"])
+    words = Page(tmp_path / "report.html").words
+    assert "Do masks differ as raters do?" in words
+    assert "lower is better; 0: drawn alike) of disc 0.300 0.100 2" in words
+    assert "best mask (higher is better) of cup 0.700 0.000 3" in words

@@ -196,6 +196,15 @@ def test_a_training_that_collapses_says_so(scores, warned, caplog):
     assert all(word in caplog.text for word in warned)
 
 
+@pytest.mark.parametrize("distances, warns", [([0.6, 0.4], False), ([0.4, 0.6], True)])
+def test_a_mask_that_is_worse_while_members_come_closer_to_raters_is_no_collapse(distances, warns, caplog):
+    engine, collapse = Engine(lambda e, b: None), CollapseWarning()
+    for epoch, (score, distance) in enumerate(zip([0.6, 0.1], distances), 1):
+        engine.state.epoch, engine.state.metrics = epoch, {"val_mean_dice": score, "val_ged": distance}
+        collapse(engine)
+    assert bool(caplog.records) == warns
+
+
 @pytest.mark.parametrize("value, names", [(torch.tensor([0.25, 0.5]), {"disc": 0.25, "cup": 0.5}), (0.75, {"a": 0.75})])
 def test_classes_have_metrics_of_their_own(value, names):
     engine = Engine(lambda e, b: None)

@@ -104,18 +104,21 @@ class CollapseWarning:
     """Warn, in words, where a validation has less than half of the best score of this run.
 
     Sets of masks can end a training that went well: all masks follow the noise, whatever the image, or are empty. The
-    loss shows little of that, since such masks differ.
+    loss shows little of that, since such masks differ. Where members come closer to several raters than before, the
+    mask alone has become worse, which is no collapse.
 
     Args:
         metric: of the validation, the higher the better; nothing is compared where it is missing, or has never been as
             high as :attr:`LEAST`.
+        distance: metric of members and raters, the lower the better, where there is one.
     """
 
     LEAST = 0.2
 
-    def __init__(self, metric: str = "val_mean_dice") -> None:
-        self.metric = metric
+    def __init__(self, metric: str = "val_mean_dice", distance: str = "val_ged") -> None:
+        self.metric, self.distance = metric, distance
         self.best = (0.0, 0)  # and its epoch
+        self.nearest = math.inf
 
     def attach(self, engine: Engine) -> None:
         """Attach to a validator."""
@@ -125,13 +128,14 @@ class CollapseWarning:
         """Compare with the best one before; all ranks have the same score."""
         state: Any = engine.state
         score, (best, epoch) = float(state.metrics.get(self.metric, math.nan)), self.best
-        if best >= self.LEAST and score < best / 2 and idist.get_rank() == 0:
+        distance = float(state.metrics.get(self.distance, math.inf))
+        if best >= self.LEAST and score < best / 2 and distance >= self.nearest and idist.get_rank() == 0:
             logger.warning(
                 f"Epoch {state.epoch}: {self.metric} fell from {best:.3f} in epoch {epoch} to {score:.3f}: the "
                 "training has collapsed. Unless it recovers, train anew with a lower --learning_rate, such as half of "
                 "it; --objective mask does not collapse in this way, but its members hardly differ."
             )
-        self.best = max(self.best, (score, state.epoch))
+        self.best, self.nearest = max(self.best, (score, state.epoch)), min(self.nearest, distance)
 
 
 class EnergyDistance:

@@ -21,7 +21,16 @@ from ..rows import BAND
 from .figures import reliability_chart, risk_chart, scatter_chart
 from .statistics import FAILED, Row, grading_of, mean_of, number, unit_of
 from .summary import caution, interval_note
-from .tables import cases_table, class_table, cleanup_table, expected_table, folds_table, grading_table, structure_table
+from .tables import (
+    cases_table,
+    class_table,
+    cleanup_table,
+    expected_table,
+    folds_table,
+    grading_table,
+    raters_table,
+    structure_table,
+)
 
 __all__ = ["write_report"]
 
@@ -79,6 +88,7 @@ def write_report(
     text, table = structure_table(structures)
     page |= {"structures_text": text, "structures": table, "table": cases_table(rows, names, cards.link)}
     page["cleanup_text"], page["cleanup"] = cleanup_table(rows, names)
+    page["raters"] = raters_table(rows)
     page["folds"] = folds_table(folds, names) if folds else {"rows": []}
     html = _template().render(page)
     write_atomically(folder / "report.html", html.encode("utf-8", "replace"))

@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from ..metrics import RATER_SCORES
 from .curves import aurc, excess_aurc, rank_correlation
 
 __all__ = [
     "CLEANED", "FAILED", "NOT_CLEANED", "ClassScores", "Grading", "Row", "class_scores", "grading_of", "mean_of",
-    "number", "over_folds", "unit_of", "was_cleaned", "without_interval",
+    "number", "over_folds", "rater_means", "unit_of", "was_cleaned", "without_interval",
 ]  # fmt: skip
 
 FAILED = 0.5  # a Dice below it counts as a failure
@@ -34,6 +35,16 @@ def mean_of(row: Row, score: str, names: Sequence[str]) -> float:
     """Mean over the classes of which a score is known."""
     values = [value for name in names if not math.isnan(value := number(row, f"{score}_{name}"))]
     return sum(values) / len(values) if values else math.nan
+
+
+def rater_means(rows: Sequence[Row]) -> list[tuple[str, float, float, int]]:
+    """Column, mean, standard deviation and number of cases of each score against several raters that has a value."""
+    found = []
+    for key in dict.fromkeys(key for row in rows for key in row if key.startswith(RATER_SCORES)):
+        values = np.array([value for row in rows if not math.isnan(value := number(row, key))])
+        if len(values):
+            found.append((key, float(values.mean()), float(values.std()), len(values)))
+    return found
 
 
 def unit_of(rows: Sequence[Row]) -> str:

@@ -6,10 +6,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from ..grading import MIN_CASES
-from ..metrics import RATER_SCORES
 from .statistics import (
     CLEANED,
     FAILED,
@@ -18,6 +15,7 @@ from .statistics import (
     class_scores,
     mean_of,
     number,
+    rater_means,
     unit_of,
     was_cleaned,
     without_interval,
@@ -63,13 +61,11 @@ def aligned(table: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _beside_raters(rows: Sequence[Row]) -> list[str]:
-    """Mean and standard deviation of the scores against several raters, over the cases that have a value."""
-    lines = []
-    for key in dict.fromkeys(key for row in rows for key in row if key.startswith(RATER_SCORES)):
-        values = np.array([value for row in rows if not math.isnan(value := number(row, key))])
-        if len(values):
-            lines.append(f"{key}: {values.mean():.4f} (std {values.std():.4f}, {len(values)} cases)")
-    return lines
+    """The scores against several raters."""
+    return [
+        f"{key}: {mean:.4f} (std {std:.4f}, {count} cases; {'lower' if key.startswith('ged') else 'higher'} is better)"
+        for key, mean, std, count in rater_means(rows)
+    ]
 
 
 def summary_lines(

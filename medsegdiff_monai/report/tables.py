@@ -16,16 +16,24 @@ from .statistics import (
     mean_of,
     number,
     over_folds,
+    rater_means,
     unit_of,
     was_cleaned,
 )
 
 __all__ = [
-    "cases_table", "class_table", "cleanup_table", "expected_table", "folds_table", "grading_table", "structure_table",
+    "cases_table", "class_table", "cleanup_table", "expected_table", "folds_table", "grading_table", "raters_table",
+    "structure_table",
 ]  # fmt: skip
 
 MAX_MISSES, MAX_UNSURE = 20, 10  # structures that are shown
 SIZES = {"volume_mm3": "volume (mm³)", "volume_px": "volume (px)", "area_mm2": "area (mm²)", "area_px": "area (px)"}
+RATER_WORDS = {
+    "ged": "generalised energy distance of masks and raters (lower is better; 0: drawn alike)",
+    "matched_iou": "IoU of masks and raters in the best pairs (higher is better)",
+    "best_iou": "IoU of each rater with the best mask (higher is better)",
+    "ncc": "correlation of the masks' variance with the raters' (higher is better)",
+}
 Table = dict[str, list]
 
 
@@ -49,6 +57,16 @@ def class_table(rows: Sequence[Row], names: Sequence[str], unit: str, tolerance:
     ]  # fmt: skip
     surface = "mean NSD" + ("" if tolerance is None else f" ({tolerance:g} {unit})")
     return _without_empty([*head, surface, "mean ECE in band"], lines)
+
+
+def raters_table(rows: Sequence[Row]) -> Table:
+    """How closely the members match the raters, where there are several."""
+    lines = []
+    for key, mean, std, count in rater_means(rows):
+        score = next(score for score in RATER_WORDS if key.startswith(score))
+        name, of = RATER_WORDS[score], key.removeprefix(score).removeprefix("_")
+        lines.append([f"{name}{of and f' of {of}'}", _text(mean), _text(std), str(count)])
+    return {"head": ["score", "mean", "standard deviation", "cases"], "rows": lines}
 
 
 def folds_table(folds: Mapping[str, Sequence[Row]], names: Sequence[str]) -> Table:
@@ -124,7 +142,8 @@ def structure_table(structures: Sequence[Row]) -> tuple[str, Table]:
     missed = [row for row in single if row["kind"] == "possible miss"]
     found = [row for row in single if row["kind"] != "possible miss"]
     number_missed = counts.pop("possible miss", 0)
-    text = f"In the masks: {counts.total()}. Possible misses, which members have and the mask does not: {number_missed or 'none'}."
+    missing = f"Possible misses, which members have and the mask does not: {number_missed or 'none'}."
+    text = f"In the masks: {counts.total()}. {missing}"
     missed = sorted(missed, key=lambda row: (-number(row, "share_of_members"), -number(row, "size")))
     found = sorted(found, key=lambda row: number(row, "mean_probability"))
     shown = missed[:MAX_MISSES] + found[:MAX_UNSURE]

@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 PLACES = 8  # requests for inference that are taken at a time, the one that is computed among them
 LOOK_SECONDS = 0.25  # between two looks whether the client is still there
 CLIENT_CLOSED = 499  # nobody reads it
-MAX_MEMBERS = 1000
+MAX_MEMBERS = 100
 EXTENSIONS = (".nii.gz", ".nii", ".nrrd", ".seg.nrrd", ".mha", ".dcm")
 KEPT = ("model", "image", "session", "label", "dicom_series")  # options do not say what is read
 
