@@ -12,6 +12,8 @@ import shutil
 import sys
 from pathlib import Path
 
+from psutil import pid_exists
+
 from medsegdiff_monai.errors import InputError, show_input_errors_plainly
 
 from .server import server_command, server_environment
@@ -41,9 +43,7 @@ def main(
         raise InputError(f"studies {studies}: there is no such folder: give one, or the address of a DICOMweb archive.")
     environment = server_environment(folder, origins)
     command = server_command(folder, studies or folder / "studies", app, port, bundle)
-    requests = Path(environment["MEDSEGDIFF_LABEL_FILES"])
-    shutil.rmtree(requests, ignore_errors=True)  # what a server that was killed has left of its patients
-    requests.mkdir(parents=True)
+    environment["MEDSEGDIFF_LABEL_FILES"] = str(own_files(folder))
     if not studies:
         write_demo_studies(folder / "studies")
         print(f"Demo studies: {folder / 'studies'} (crops of the MNI152 template; README.txt there says more)")
@@ -51,6 +51,25 @@ def main(
     print("It answers whoever reaches that address, without a login: docs/label.md, Security")
     sys.stdout.flush()
     os.execve(command[0], command, environment)  # so that a signal reaches the server itself
+
+
+def own_files(work: Path) -> Path:
+    """Return a folder for the files of requests, and delete those of servers that were killed: they hold images.
+
+    Raises:
+        InputError: where it cannot be made.
+    """
+    place = work.resolve() / "requests"
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        for left in place.iterdir():
+            if left.name.isdigit() and (int(left.name) == os.getpid() or not pid_exists(int(left.name))):
+                shutil.rmtree(left)
+        own = place / str(os.getpid())  # which the server will have, too
+        own.mkdir()
+    except OSError as error:
+        raise InputError(f"{place}: is no folder to write to ({error.strerror}): give another --work.") from error
+    return own
 
 
 def parse() -> dict[str, str | int]:

@@ -94,7 +94,6 @@ def server_environment(work: str | Path, origins: str = "") -> dict[str, str]:
         "MONAI_LABEL_DICOMWEB_CACHE_PATH": str(Path(work).resolve() / "dicom"),
         "MONAI_LABEL_SESSION_PATH": str(Path(work).resolve() / "sessions"),
         "MEDSEGDIFF_LABEL_ORIGINS": origins,
-        "MEDSEGDIFF_LABEL_FILES": str(Path(work).resolve() / "requests"),
     }
     # dcmqi is installed beside Python; where MONAI Label does not find it, it downloads it
     path = os.pathsep.join([str(Path(sys.executable).parent), given.get("PATH", "")])

@@ -21,7 +21,7 @@ __all__ = ["ITK_FILES", "ItkReader", "check_itk"]
 
 MAX_HEADER_BYTES = 2**16
 ITK_FILES = (".nrrd", ".mha", ".mhd")
-META_HEADER = re.compile(rb"((?:[ \t]*\w+[ \t]*=[\t\x20-\x7e]{0,1000}\r?\n)*?)ElementDataFile[ \t]*=([^\n]*)\n?")
+META_HEADER = re.compile(rb"((?:[ \t]*[^\s=]+[ \t]*=[\t\x20-\x7e]{0,1000}\r?\n)*?)ElementDataFile[ \t]*=([^\n]*)\n?")
 META_FIELDS = {  # numbers that each holds, as a power of the number of axes
     "DimSize": 1,
     "ElementSpacing": 1,

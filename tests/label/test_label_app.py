@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -11,10 +12,13 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from .conftest import QUICK, requests
+from .conftest import QUICK, TASK_SECONDS, requests
 
 pytest.importorskip("monailabel", reason="MONAI Label has an environment of its own: make test-label")
 import nrrd
+
+from examples.label.__main__ import own_files
+from medsegdiff_monai.errors import InputError
 
 ALLOWED, FOREIGN = "https://viewer.example", "https://elsewhere.example"
 
@@ -60,9 +64,13 @@ def test_weights_are_neither_replaced_nor_deleted_by_requests(own):
         ({"num_members": -1}, 400, "num_members"),
         ({"fusion": ["mean"]}, 400, "fusion"),
         ({"fusion": "median"}, 400, "fusion"),
+        ({"num_members": "2000.0"}, 400, "at most 100"),
+        ({"num_members": "²"}, 400, "whole number"),
         ({"device": "abacus"}, 400, "device"),
+        ({"device": "meta"}, 400, "device"),
         ({"result_extension": ".exe"}, 400, ".seg.nrrd"),
-        ({"result_dtype": "colour"}, 400, "result_dtype"),
+        ({"result_dtype": "object"}, 400, "result_dtype"),
+        ({"logging": "loud"}, 400, "logging"),
         ({"model_filename": "../other.pt"}, 409, "take model.pt"),
         ({"uncertainty": "perhaps"}, 400, "uncertainty"),
         ({"mask_series": True}, 409, "archive"),
@@ -164,16 +172,34 @@ def test_server_answers_while_it_computes_and_forgets_who_has_gone(own):
             return 0
 
     with ThreadPoolExecutor(10) as clients:
-        asked = [clients.submit(ask, 12) for _ in range(10)]
+        first = clients.submit(ask, 20)
+        time.sleep(1)
+        others = [clients.submit(ask, 8) for _ in range(9)]
         time.sleep(2)
         start = time.monotonic()
         assert requests.get(f"{own.url}/info/").ok
-        assert time.monotonic() - start < 8
-        assert sorted(task.result() for task in asked) == [0] * 8 + [503, 503]
+        assert time.monotonic() - start < 5
+        assert sorted(task.result() for task in others) == [0] * 7 + [503, 503]
+        time.sleep(1)
+        assert ask(2) == 0 and not first.done()  # it waits: those who wait no more have no places
+        assert first.result() == 0
     time.sleep(1)
     start = time.monotonic()
     assert own.post(image="study_2").ok
     assert time.monotonic() - start < 30
+
+
+def test_training_takes_options_in_either_form_and_refuses_others(own):
+    client = own.client()
+    nib.save(own.infer(image="study_0"), own.folder / "label.nii.gz")
+    client.save_label("study_0", str(own.folder / "label.nii.gz"), params={"label_info": []})
+    for wrong in ({"medsegdif": {"max_epochs": 1}}, {"medsegdiff": 5}):
+        assert requests.post(f"{own.url}/train/", json=wrong).status_code == 400
+    for form in ({"medsegdiff": {"max_epochs": 1}}, {"max_epochs": 1, "client_id": "x"}):
+        answer = requests.post(f"{own.url}/train/", json=form)
+        assert answer.ok and answer.json()["medsegdiff"]["result"]["request"]["max_epochs"] == 1, answer.text
+        requests.delete(f"{own.url}/train/")
+        own.wait(lambda: client.train_status()["status"] not in ("SUBMITTED", "RUNNING"), TASK_SECONDS)
 
 
 def test_a_study_that_cannot_be_read_is_left_out_of_scoring(own):
@@ -187,3 +213,27 @@ def test_a_study_that_cannot_be_read_is_left_out_of_scoring(own):
         assert info["grade"]["expected_dice"] and "Not scored: spoilt" in own.log.read_text()
     finally:
         spoilt.unlink()
+
+
+def test_devices_are_named_as_the_server_offers_them(monkeypatch):
+    from examples.label.serving import endpoint
+
+    monkeypatch.setattr(endpoint, "device_list", lambda: ["NVIDIA H100 80GB HBM3:1"])
+    monkeypatch.setattr(endpoint, "device_map", lambda: {"NVIDIA H100 80GB HBM3:1": "cuda:1"})
+    for device in ("NVIDIA H100 80GB HBM3:1", ["NVIDIA H100 80GB HBM3:1"], "cuda:1", "cpu", None):
+        assert endpoint._checked({"device": device})["device"] == device
+    with pytest.raises(InputError, match="NVIDIA H100"):
+        endpoint._checked({"device": "cuda:2"})
+
+
+def test_files_of_killed_servers_are_deleted_and_those_of_running_ones_kept(tmp_path):
+    place = tmp_path / "requests"
+    running, killed = str(os.getppid()), "4194305"  # above what Linux gives
+    for name in (running, killed):
+        (place / name).mkdir(parents=True)
+    own = own_files(tmp_path)
+    assert own.name == str(os.getpid()) and {folder.name for folder in place.iterdir()} == {running, own.name}
+    (tmp_path / "file" / "requests").parent.mkdir()
+    (tmp_path / "file" / "requests").write_text("")
+    with pytest.raises(InputError, match="another --work"):
+        own_files(tmp_path / "file")

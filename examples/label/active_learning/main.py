@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import logging
 import sys
+from contextlib import nullcontext
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
+import torch
 from monailabel.config import settings
 from monailabel.interfaces.app import MONAILabelApp
 from monailabel.interfaces.datastore import Datastore
@@ -24,7 +26,7 @@ from monailabel.tasks.activelearning.epistemic import Epistemic
 from monailabel.tasks.scoring.epistemic_v2 import EpistemicScoring
 
 from examples.label.serving.datastores import Archive, Folder, dicom_series
-from examples.label.serving.inference import SERIES, GradedInferTask, grade_of, wants
+from examples.label.serving.inference import SERIES, GradedInferTask, grade_of, storing, wants
 from examples.label.serving.legend import Legend
 from examples.label.serving.refusals import Conflict, NotThere
 from medsegdiff_monai.errors import InputError, find_input_error
@@ -168,7 +170,8 @@ class MedSegDiffApp(_stock_app(), MONAILabelApp):  # type: ignore[misc]
                 raise Conflict(f"{beside[0]}: goes into a DICOM archive, and this image is in none: leave it out.")
             request["dicom_series"] = dicom_series(store.get_image_uri(request["image"]))
         try:
-            result = super().infer(request, datastore)
+            with storing(store.add_series) if beside else nullcontext():
+                result = super().infer(request, datastore)
         except Exception as error:
             found = find_input_error(error)
             if found is None:
@@ -176,10 +179,24 @@ class MedSegDiffApp(_stock_app(), MONAILabelApp):  # type: ignore[misc]
             raise found from error
         if study:
             store.update_image_info(request["image"], {"grade": result["params"]["grade"]})
-        for option in beside:
-            try:
-                result["params"][option] = store.add_series(result["params"][option])
-            except BaseException:
-                Path(result["file"]).unlink()
-                raise
         return result
+
+    def batch_infer(self, request: dict[str, Any], datastore: Datastore | None = None) -> dict[str, Any]:
+        """Segment many studies, without those that are no volumes, which the log names."""
+        store = datastore or self.datastore()
+        for name in store.list_images():
+            try:
+                store.get_image_uri(name)
+            except Conflict as error:
+                logger.warning(f"Left out: {error}")
+        several = torch.cuda.device_count() > 1 and request.get("multi_gpu", True)
+        return super().batch_infer({**request, "multi_gpu": several}, datastore)
+
+    def next_sample(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Offer a study; those that turn out to be no volumes are passed over."""
+        for _ in self.datastore().list_images():
+            try:
+                return super().next_sample(request)
+            except Conflict as error:
+                logger.warning(f"Not offered: {error}")
+        return {}

@@ -134,7 +134,10 @@ class Folder(LocalDatastore):
             Conflict: for the name of a study that is there.
         """
         _check_name(image_id or Path(image_filename).name)
-        load_image(image_filename)
+        try:
+            load_image(image_filename)
+        except InputError as error:
+            raise InputError(str(error).replace(str(image_filename), image_id)) from error
         with self._changing():
             if image_id in self._datastore.objects:
                 raise Conflict(f"study {image_id!r} is there already: take another name, or delete it first.")
@@ -320,6 +323,7 @@ class Archive(Folder, DICOMWebDatastore):
             if not (nifti.is_file() and here and wanted in (0, here)):
                 try:
                     self._fetch(image_id, folder)
+                    self._no_volumes.pop(image_id, None)
                 except InputError as error:
                     self._no_volumes[image_id] = wanted
                     raise Conflict(f"series {image_id}: {error} It is not offered any more.") from error

@@ -15,19 +15,18 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import Annotated, Any, TypeVar
 
-import numpy as np
-import torch
 from fastapi import BackgroundTasks, Depends, File, Form, Request, UploadFile
 from fastapi.responses import Response
 from monailabel.config import settings
 from monailabel.endpoints.infer import ResultType, send_response
 from monailabel.endpoints.user.auth import RBAC, User
 from monailabel.interfaces.utils.app import app_instance
+from monailabel.utils.others.generic import device_list, device_map
 
 from medsegdiff_monai.errors import InputError
 
 from .datastores import dicom_series
-from .inference import unless_stopped
+from .inference import unless_stopped, wants
 from .refusals import Busy, NotThere, Stopped
 
 __all__ = ["PLACES", "Turns", "infer", "options"]
@@ -38,7 +37,12 @@ PLACES = 8  # requests for inference that are taken at a time, the one that is c
 LOOK_SECONDS = 0.25  # between two looks whether the client is still there
 CLIENT_CLOSED = 499  # nobody reads it
 MAX_MEMBERS = 100
-EXTENSIONS = (".nii.gz", ".nii", ".nrrd", ".seg.nrrd", ".mha", ".dcm")
+CHOICES = {
+    "result_extension": (".nii.gz", ".nii", ".nrrd", ".seg.nrrd", ".mha", ".dcm"),
+    "result_dtype": ("uint8", "int8", "uint16", "int16", "uint32", "int32", "float32", "float64"),
+    "logging": ("debug", "info", "warning", "error", "critical"),
+    "result_write_to_file": ("true",),
+}
 KEPT = ("model", "image", "session", "label", "dicom_series")  # options do not say what is read
 
 
@@ -88,13 +92,16 @@ class Turns:
 
         async with self.place() as turn:
             task = asyncio.create_task(in_turn(turn))
-            while not (await asyncio.wait({task}, timeout=LOOK_SECONDS))[0]:
-                if not stop.is_set() and await gone():
-                    stop.set()
-                    if not started.is_set():  # its place is free at once
-                        task.cancel()
-                        raise Stopped
-            return task.result()
+            try:
+                while not (await asyncio.wait({task}, timeout=LOOK_SECONDS))[0]:
+                    if not stop.is_set() and await gone():
+                        stop.set()
+                        if not started.is_set():  # its place is free at once
+                            task.cancel()
+                            raise Stopped
+                return task.result()
+            finally:
+                stop.set()  # whatever ends this
 
 
 _turns = Turns()
@@ -102,7 +109,8 @@ _turns = Turns()
 
 def _stored(upload: UploadFile, folder: Path) -> str:
     """An upload as a file of its own name."""
-    path = folder / (Path(upload.filename or "").name or "image.nii.gz")
+    name = Path(upload.filename or "").name[-100:]  # the end says what it is
+    path = folder / (name if set(name) - {"."} else "image.nii.gz")
     with path.open("wb") as file:
         shutil.copyfileobj(upload.file, file)
     return str(path)
@@ -116,8 +124,8 @@ def options(text: str, name: str = "params") -> dict[str, Any]:
     """
     try:
         found = json.loads(text or "{}")
-    except json.JSONDecodeError as error:
-        raise InputError(f"{name}: is not JSON ({error}).") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{name}: is not JSON that can be read ({error}).") from error
     if not isinstance(found, dict):
         raise InputError(f'{name}: must be a JSON object, such as {{"num_members": 5}}.')
     return found
@@ -125,18 +133,21 @@ def options(text: str, name: str = "params") -> dict[str, Any]:
 
 def _checked(given: dict[str, Any]) -> dict[str, Any]:
     """The options of inference, of which those are known to be usable that MONAI Label itself reads."""
-    members, extension = given.get("num_members"), str(given.get("result_extension") or ".nrrd").lower()
-    if str(members).isdigit() and int(members) > MAX_MEMBERS:
-        raise InputError(f"num_members={members} must be at most {MAX_MEMBERS}.")
-    if extension not in EXTENSIONS:
-        raise InputError(f"result_extension={extension!r} must be one of {', '.join(EXTENSIONS)}.")
+    try:
+        many = float(given.get("num_members", 1)) > MAX_MEMBERS
+    except (TypeError, ValueError, OverflowError) as error:
+        raise InputError(f"num_members={str(given['num_members'])[:20]!r} must be a whole number.") from error
+    if many:
+        raise InputError(f"num_members={given['num_members']} must be at most {MAX_MEMBERS}.")
+    for option, values in CHOICES.items():
+        if given.get(option) and str(given[option]).lower() not in values:
+            raise InputError(f"{option}={given[option]!r} must be one of {', '.join(values)}.")
     if not isinstance(given.get("fusion", ""), str):
         raise InputError(f"fusion={given['fusion']!r} must be a name, such as expected_dice.")
-    for option, reads in (("device", torch.device), ("result_dtype", np.dtype)):
-        try:
-            reads(given.get(option) or {"device": "cpu", "result_dtype": "uint8"}[option])
-        except (RuntimeError, TypeError) as error:
-            raise InputError(f"{option}={given[option]!r} is none: leave it out.") from error
+    devices = {"cpu", "cuda", *device_list(), *device_map().values()}
+    wanted = given.get("device") or "cpu"
+    if (wanted if isinstance(wanted, str) else str([*wanted, ""][0])) not in devices:
+        raise InputError(f"device={wanted!r} is not there: take one of {', '.join(sorted(devices))}.")
     return {key: value for key, value in given.items() if key not in KEPT}
 
 
@@ -152,6 +163,8 @@ def _session(name: str) -> Any:
 def _segment(request: dict[str, Any], output: ResultType | None) -> dict[str, Any]:
     instance = app_instance()
     if output == ResultType.dicom_seg:
+        if wants(request, "save_label"):
+            raise InputError("save_label: a label is saved as a label map: leave out output=dicom_seg.")
         image = request["image"]
         place = image if os.path.isabs(image) else instance.datastore().get_image_uri(image)
         request |= {"result_extension": ".dcm", "dicom_series": dicom_series(place)}
@@ -187,7 +200,7 @@ async def infer(
         await asyncio.to_thread(_gather, wanted, uploads, session_id, file, label)
         result = await _turns.run(lambda: _segment(wanted, output), request.is_disconnected)
     except BaseException as error:
-        shutil.rmtree(uploads)  # without an answer, tasks in the background do not run
+        shutil.rmtree(uploads, ignore_errors=True)  # without an answer, tasks in the background do not run
         if isinstance(error, InputError) and str(uploads) in str(error):
             raise type(error)(re.sub(rf"{re.escape(str(uploads))}/\w+/", "", str(error))) from error
         if not isinstance(error, Stopped):

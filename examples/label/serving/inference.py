@@ -25,12 +25,23 @@ from .legend import Legend, Segment
 from .refusals import Conflict, Stopped
 from .seg_nrrd import write_seg_nrrd
 
-__all__ = ["SERIES", "GradedInferTask", "grade_of", "unless_stopped", "wants"]
+__all__ = ["SERIES", "GradedInferTask", "grade_of", "storing", "unless_stopped", "wants"]
 
 SERIES = ("mask_series", "uncertainty_series")  # options that store a series in the archive of the study
 
 AT_A_TIME = 16  # members, after which it is looked whether to go on
 _stop: ContextVar[threading.Event | None] = ContextVar("stop", default=None)
+_store: ContextVar[Callable[[list[pydicom.Dataset]], str] | None] = ContextVar("store", default=None)
+
+
+@contextmanager
+def storing(store: Callable[[list[pydicom.Dataset]], str]) -> Iterator[None]:
+    """Series that are made in this context go to ``store``, which returns their name."""
+    token = _store.set(store)
+    try:
+        yield
+    finally:
+        _store.reset(token)
 
 
 @contextmanager
@@ -169,20 +180,20 @@ class GradedInferTask(BundleInferTask):
             "segments": {one.name: one.value for one in segments},
         }  # fmt: skip
         mask, folder = np.asarray(data["pred"].cpu()).astype(np.uint8), data.get("dicom_series")
-        if wants(data, "uncertainty_series"):
+        store = _store.get()
+        if store is not None and wants(data, "uncertainty_series"):
             entropy = np.asarray(data["uncertainty_entropy"].cpu())[0]
-            data["result"]["uncertainty_series"] = overlay_series(
-                case.image[0], entropy, case.affine, folder, self.legend
-            )
+            drawn = overlay_series(case.image[0], entropy, case.affine, folder, self.legend)
+            data["result"]["uncertainty_series"] = store(drawn)
 
         def dicom_seg(file: str) -> None:
             layers = self._layers(mask, votes, unsure)
             write_dicom_seg(file, layers, case.affine, folder, self.legend, automatic=True)
 
-        if wants(data, "mask_series"):
+        if store is not None and wants(data, "mask_series"):
             with TemporaryDirectory() as scratch:
                 dicom_seg(f"{scratch}/mask.dcm")
-                data["result"]["mask_series"] = [pydicom.dcmread(f"{scratch}/mask.dcm")]
+                data["result"]["mask_series"] = store([pydicom.dcmread(f"{scratch}/mask.dcm")])
         ext = str(extension or data.get("result_extension") or "").lower()
         if ext == ".seg.nrrd":
             return _temporary(

@@ -141,9 +141,14 @@ ohif.get_ohif = lambda path: mended(_stock_file(path))
 
 
 def _run_all(params: dict[str, Any] | None = None, run_sync: bool = False) -> dict[str, Any]:
-    """Train the model, in the words of the viewer."""
-    names = app_instance().info()["trainers"]
-    asked = {name: (params or {}).get(name) for name in names}
+    """Train all there is: options by the name of each, as the viewer sends them, or the same for each."""
+    names, params = list(app_instance().info()["trainers"]), params or {}
+    by_name = {name: value for name, value in params.items() if name in names or isinstance(value, dict)}
+    for name, value in by_name.items():
+        if name not in names or not isinstance(value, dict):
+            raise InputError(f"{name!r}: must be one of {', '.join(names)}, with an object of options.")
+    shared = {key: value for key, value in params.items() if key not in by_name}
+    asked = {name: {**shared, **by_name.get(name, {})} for name in names}
     return {name: {"result": train.run_model(name, own, run_sync, True), "detail": None} for name, own in asked.items()}
 
 
