@@ -165,3 +165,9 @@ def test_damaged_meta_image_is_refused(tmp_path, content, message):
     (tmp_path / "x.mha").write_bytes(content)
     with pytest.raises(InputError, match=rf"x.mha: .*({message})"):
         load_image(tmp_path / "x.mha")
+
+
+def test_keys_that_other_programs_add_to_a_header_are_no_damage(tmp_path):
+    """Such as those of a NIfTI, which SimpleITK copies."""
+    (tmp_path / "x.mha").write_bytes(meta(**{"dim[0]": 3, "ITK_FileNotes": "of no meaning", "pixdim[1]": 0.8}))
+    np.testing.assert_array_equal(load_image(tmp_path / "x.mha")[0], VOLUME)
