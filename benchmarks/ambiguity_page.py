@@ -53,8 +53,8 @@ one thread: AdamW, a learning rate that falls by a half cosine, clipped gradient
 about as many parameters, unless the table says otherwise. Learning rates were chosen at 64×64: at 128×128, five U-Nets
 mark next to nothing after a fifth of 900 s each. At 64×64, each method and seed trained in a process of its own, 18
 side by side on 16 cores; the Probabilistic U-Net is of an earlier run on another machine. At 128×128, methods ran in
-turns on two shared cores, but for ours of 900 s, which ran by itself later, on slower days, after members had begun to
-see the flipped image. On a GPU (`--device cuda`) they trained side by
+turns on two shared cores (after 2700 s partly one after the other), but for ours of 900 s, which ran by itself later,
+on slower days, after members had begun to see the flipped image. On a GPU (`--device cuda`) they trained side by
 side on one card, each by a process of its own, in bfloat16, with torch 2.11.0+cu130 and for the same time by the clock;
 the CPU scored them in single precision. The losses of SSN and the Probabilistic U-Net were in part in bfloat16 too
 (SSN's is in single precision since), and two of three trainings of the latter ended in NaN; the U-Net has two seeds.
