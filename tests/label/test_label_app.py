@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 
 from .conftest import QUICK, TASK_SECONDS, requests
 
@@ -219,7 +220,7 @@ def test_devices_are_named_as_the_server_offers_them(monkeypatch):
     from examples.label.serving import endpoint
 
     monkeypatch.setattr(endpoint, "device_list", lambda: ["NVIDIA H100 80GB HBM3:1"])
-    monkeypatch.setattr(endpoint, "device_map", lambda: {"NVIDIA H100 80GB HBM3:1": "cuda:1"})
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     for device in ("NVIDIA H100 80GB HBM3:1", ["NVIDIA H100 80GB HBM3:1"], "cuda:1", "cpu", None):
         assert endpoint._checked({"device": device})["device"] == device
     with pytest.raises(InputError, match="NVIDIA H100"):

@@ -15,13 +15,14 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import Annotated, Any, TypeVar
 
+import torch
 from fastapi import BackgroundTasks, Depends, File, Form, Request, UploadFile
 from fastapi.responses import Response
 from monailabel.config import settings
 from monailabel.endpoints.infer import ResultType, send_response
 from monailabel.endpoints.user.auth import RBAC, User
 from monailabel.interfaces.utils.app import app_instance
-from monailabel.utils.others.generic import device_list, device_map
+from monailabel.utils.others.generic import device_list
 
 from medsegdiff_monai.errors import InputError
 
@@ -144,7 +145,8 @@ def _checked(given: dict[str, Any]) -> dict[str, Any]:
             raise InputError(f"{option}={given[option]!r} must be one of {', '.join(values)}.")
     if not isinstance(given.get("fusion", ""), str):
         raise InputError(f"fusion={given['fusion']!r} must be a name, such as expected_dice.")
-    devices = {"cpu", "cuda", *device_list(), *device_map().values()}
+    devices = {"cpu", "cuda", *device_list(), *(f"cuda:{i}" for i in range(torch.cuda.device_count()))}
+    devices |= {"mps"} if torch.backends.mps.is_available() else set()
     wanted = given.get("device") or "cpu"
     if (wanted if isinstance(wanted, str) else str([*wanted, ""][0])) not in devices:
         raise InputError(f"device={wanted!r} is not there: take one of {', '.join(sorted(devices))}.")

@@ -121,11 +121,12 @@ class GradedInferTask(BundleInferTask):
 
     def _check_weights(self, asked: Any) -> None:
         """MONAI Label takes others where these are not there, and goes on without any where there are none."""
-        there = sorted(file.name for file in Path(self.bundle_path, "models").glob("*.pt"))
-        for name in asked if isinstance(asked, list) else [asked or "model.pt"]:
-            if name not in there:
-                known = f"take {', '.join(there)}" if there else "put weights there, and start the server again"
-                raise Conflict(f"model_filename={name!r}: is not in the bundle's models: {known}.")
+        there = sorted(file.name for file in Path(self.bundle_path, "models").glob("*.[pt][ts]"))  # .pt, .ts
+        if not there:
+            raise Conflict("the bundle has no weights: put them into its models, and start the server again.")
+        for name in asked if isinstance(asked, list) else [asked]:
+            if name and name not in there:
+                raise Conflict(f"model_filename={name!r}: is not in the bundle's models: take {', '.join(there)}.")
 
     def inferer(self, data: Any = None) -> Any:
         """The bundle's inferer, which looks after each pass of the network whether to go on."""
