@@ -25,7 +25,8 @@ from monailabel.interfaces.tasks.strategy import Strategy
 from monailabel.tasks.activelearning.epistemic import Epistemic
 from monailabel.tasks.scoring.epistemic_v2 import EpistemicScoring
 
-from examples.label.serving.datastores import Archive, Folder, dicom_series
+from examples.label.serving.archive import Archive, dicom_series
+from examples.label.serving.datastores import Folder
 from examples.label.serving.inference import SERIES, GradedInferTask, grade_of, storing, wants
 from examples.label.serving.legend import Legend
 from examples.label.serving.refusals import Conflict, NotThere

@@ -26,7 +26,7 @@ from monailabel.utils.others.generic import device_list
 
 from medsegdiff_monai.errors import InputError
 
-from .datastores import dicom_series
+from .archive import dicom_series
 from .inference import unless_stopped, wants
 from .refusals import Busy, NotThere, Stopped
 
