@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -111,25 +112,27 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> nib.Nifti1Image:
     return nib.load(folder / "mni152_right.nii.gz").slicer[4:34, 6:50, 5:35]
 
 
+@contextmanager
+def served(study: nib.Nifti1Image, folder: Path, app: str, number: int, **settings: str) -> Iterator[Server]:
+    """A server of a number of studies in a folder, of different sizes."""
+    (folder / "studies").mkdir()
+    for i in range(number):
+        nib.save(study.slicer[: 27 + i], folder / "studies" / f"study_{i}.nii.gz")
+    server = Server(folder, app, **settings)
+    yield server
+    server.stop()
+
+
 @pytest.fixture(scope="session")
 def stock(study: nib.Nifti1Image, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """MONAI Label's own ``monaibundle`` app, unmodified, with four studies."""
-    folder = tmp_path_factory.mktemp("stock")
-    (folder / "studies").mkdir()
-    for i in range(4):
-        nib.save(study.slicer[: 27 + i], folder / "studies" / f"study_{i}.nii.gz")
-    server = Server(folder, "monaibundle")
-    yield server
-    server.stop()
+    with served(study, tmp_path_factory.mktemp("stock"), "monaibundle", 4) as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
 def own(study: nib.Nifti1Image, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """The app of this repository, with three studies in a folder, and another web page that may ask it."""
-    folder = tmp_path_factory.mktemp("own")
-    (folder / "studies").mkdir()
-    for i in range(3):
-        nib.save(study.slicer[: 27 + i], folder / "studies" / f"study_{i}.nii.gz")
-    server = Server(folder, "active_learning", MONAI_LABEL_CORS_ORIGINS='["https://viewer.example"]')
-    yield server
-    server.stop()
+    """The app of this repository, with three studies, and another web page that may ask it."""
+    allowed = {"MONAI_LABEL_CORS_ORIGINS": '["https://viewer.example"]'}
+    with served(study, tmp_path_factory.mktemp("own"), "active_learning", 3, **allowed) as server:
+        yield server
